@@ -1,0 +1,21 @@
+"""Errors whose message is written for the user: what was wrong, where, and what to do."""
+
+
+class JaxlabError(Exception):
+    """Base of every error that the command line prints as one line and turns into exit code 1."""
+
+
+class ConfigError(JaxlabError):
+    """A configuration file or a ``--set`` override is wrong."""
+
+
+class DataError(JaxlabError):
+    """A corpus, a tokenizer or a prompt cannot be used."""
+
+
+class BankError(JaxlabError):
+    """A memory bank is damaged, incomplete, or belongs to another model."""
+
+
+class CheckpointError(JaxlabError):
+    """A run directory or a checkpoint cannot be used."""

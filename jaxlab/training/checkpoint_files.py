@@ -224,7 +224,7 @@ def agree(problem: str | None) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's message; of a long one both ends, as the cause tends to come last."""
+    """First line of an error's message; both ends of a long one, as causes come last."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = text.partition(" [tensorstore_spec=")[0]
     return text if len(text) <= 200 else f"{text[:60]} … {text[-120:]}"

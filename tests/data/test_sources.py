@@ -222,3 +222,35 @@ def test_an_absent_tfds_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match="tensorflow-datasets"):
         load_documents("tfds:ag_news_subset")
+
+
+def test_tfds_gives_the_text_of_a_prepared_dataset(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class JaxlabToy(tfds.core.GeneratorBasedBuilder):
+        """Two fields of text, of which one is called text."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = tfds.core.Path(__file__)
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = tfds.features.FeaturesDict({"title": text, "text": text})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((i, {"title": "no", "text": f"body é {i}"}) for i in range(2))
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="tfds build jaxlab_toy"):
+        load_documents("tfds:jaxlab_toy:test")
+    JaxlabToy(file_format="array_record").download_and_prepare()
+    texts = sorted(document.text for document in load_documents("tfds:jaxlab_toy:test"))
+    assert texts == ["body é 0", "body é 1"]
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(DataError, match=r"tfds:jaxlab_toy:train.*train") as caught:
+        load_documents("tfds:jaxlab_toy:train")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,164 @@
+"""What the training loop reads: samples by index, and an endless, resumable order of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxlab.data.packing import Rows
+from jaxlab.data.references import References
+from jaxlab.data.tokenizer import PAD_ID
+from jaxlab.errors import DataError
+
+Sample = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class RandomAccess(Protocol):
+    """Samples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextSamples:
+    """Samples of text rows, each chunk with its reference when there are references.
+
+    A sample is ``tokens`` (T,), ``loss_mask`` (T,) and, with references, ``references`` (C, R) and
+    ``reference_lengths`` (C,), 0 for a chunk without one. With ``retrieval_lag`` 1 chunk c reads
+    what chunk c - 1 retrieved, as in decoding, and chunk 0 nothing (Memory³, §3.1). Raises
+    DataError when the parts do not fit each other.
+    """
+
+    rows: Rows
+    references: References | None = None
+    neighbours: Int32[np.ndarray, "N C"] | None = None
+    chunk_length: int = 64
+    retrieval_lag: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.references is None) != (self.neighbours is None):
+            raise DataError("references and neighbours belong together: give both or none")
+        if self.retrieval_lag not in (0, 1):
+            raise DataError(f"retrieval_lag is {self.retrieval_lag}: it must be 0 or 1")
+        if self.references is None or self.neighbours is None:
+            return
+        count, length = self.rows.tokens.shape
+        expected = (count, length // self.chunk_length)
+        if length % self.chunk_length or self.neighbours.shape != expected:
+            raise DataError(
+                f"neighbours are {self.neighbours.shape} but {count} rows of {length} tokens in "
+                f"chunks of {self.chunk_length} need {expected}: find the neighbours anew"
+            )
+        if self.neighbours.max(initial=-1) >= len(self.references):
+            raise DataError(
+                f"a neighbour is reference {self.neighbours.max()} of {len(self.references)}: "
+                "find the neighbours anew"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = {
+            "tokens": self.rows.tokens[index],
+            "loss_mask": self.rows.mask[index].astype(np.float32),
+        }
+        if self.references is None or self.neighbours is None:
+            return sample
+        ids = self.neighbours[index]
+        if self.retrieval_lag:
+            ids = np.concatenate([np.array([-1], np.int32), ids[:-1]])
+        has_reference = ids >= 0
+        return sample | {
+            "references": np.where(has_reference[:, None], self.references.tokens[ids], PAD_ID),
+            "reference_lengths": np.where(has_reference, self.references.lengths[ids], 0),
+        }
+
+
+def training_iterator(
+    sources: Sequence[RandomAccess],
+    weights: Sequence[float],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Any:
+    """An endless iterator over this process's share of batches, as dicts of stacked arrays.
+
+    Each source is shuffled anew in every epoch and the sources are mixed by ``weights``. The batch
+    of all processes, joined in their order, is the same for every ``process_count``. The iterator
+    is Grain's ``DatasetIterator``: ``get_state()`` gives a small JSON-able dict and
+    ``set_state(state)`` goes on from it exactly. Raises DataError.
+    """
+    import grain
+
+    _check(sources, weights, batch_size=batch_size, process_count=process_count)
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index is {process_index} of {process_count} processes")
+    orders = [
+        grain.MapDataset.source(source).seed(seed + number).shuffle().repeat()
+        for number, source in enumerate(sources)
+    ]
+    share = _Share(
+        grain.MapDataset.mix(orders, weights=list(weights)),
+        batch_size=batch_size,
+        size=batch_size // process_count,
+        offset=batch_size // process_count * process_index,
+    )
+    batches = grain.MapDataset.source(share).batch(share.size, drop_remainder=True)
+    # Rows lie in memory: threads would only add a delay between a state and what it stands for.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches.to_iter_dataset(options))
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """The samples of one process: ``size`` in a row out of every ``batch_size`` of the mixture."""
+
+    mixture: Any
+    batch_size: int
+    size: int
+    offset: int
+
+    def __len__(self) -> int:
+        return len(self.mixture) // self.batch_size * self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        batch, place = divmod(index, self.size)
+        return self.mixture[batch * self.batch_size + self.offset + place]
+
+
+def _check(
+    sources: Sequence[RandomAccess],
+    weights: Sequence[float],
+    *,
+    batch_size: int,
+    process_count: int,
+) -> None:
+    if not sources or len(sources) != len(weights):
+        raise DataError(f"{len(sources)} sources with {len(weights)} weights: give one for each")
+    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise DataError(f"weights {list(weights)}: each must be positive and finite")
+    empty = [number for number, source in enumerate(sources) if not len(source)]
+    if empty:
+        raise DataError(f"source {empty[0]} holds no samples: leave it out or fill it")
+    kinds = [{name: array.shape for name, array in source[0].items()} for source in sources]
+    for number, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise DataError(
+                f"samples of source {number} are {kind}, those of source 0 {kinds[0]}: "
+                "sources of one mixture must be alike"
+            )
+    if batch_size <= 0 or process_count <= 0 or batch_size % process_count:
+        raise DataError(
+            f"batch_size {batch_size} does not divide among {process_count} processes: change it"
+        )

@@ -1,0 +1,172 @@
+"""The header of a memory bank: what was stored, by which model, and the checksum of every file."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxlab.errors import BankError
+
+FORMAT = "jaxlab-memory-bank"
+VERSION = 1
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class BankIdentity:
+    """What must be the same when a bank is read as when it was written."""
+
+    model_hash: str
+    tokenizer_hash: str
+    config_hash: str
+
+    def require(self, wanted: "BankIdentity", *, url: str) -> None:
+        """Raise BankError naming both hashes of each part in which ``wanted`` differs."""
+        differences = [
+            f"the {field.name.removesuffix('_hash')} of the bank is {ours}, yours is {theirs}"
+            for field in fields(self)
+            if (ours := getattr(self, field.name)) != (theirs := getattr(wanted, field.name))
+        ]
+        if differences:
+            raise BankError(
+                f"bank {url} belongs to another model: {'; '.join(differences)}; load the model"
+                " that wrote it, or write the bank again with this one"
+            )
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """What every reference of a bank has in common.
+
+    ``memory_shape`` is (memory layers, 2, kv heads, tokens kept, head dim); axis 1 is key, value.
+    Raises BankError for a shape or dtype no bank can hold.
+    """
+
+    identity: BankIdentity
+    memory_shape: tuple[int, int, int, int, int]
+    embedder: str
+    embedding_dim: int
+    dtype: str = "bfloat16"
+    chunk_length: int = 64
+    references_per_chunk: int = 5
+    reference_length: int = 128
+    preface: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(size) for size in self.memory_shape)
+        if len(shape) != 5 or min(shape) < 1 or shape[1] != 2:
+            raise BankError(
+                f"memory_shape is {shape}; expected (layers, 2, kv heads, tokens kept, head dim)"
+            )
+        if self.dtype not in DTYPES:
+            raise BankError(f"dtype of a bank is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.embedding_dim < 1:
+            raise BankError(f"embedding_dim is {self.embedding_dim}; it must be at least 1")
+        object.__setattr__(self, "memory_shape", shape)
+        object.__setattr__(self, "preface", tuple(int(token) for token in self.preface))
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype of the stored memories."""
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+    @property
+    def bytes_per_reference(self) -> int:
+        """Bytes of one reference's memory: 450,560 for Memory³-2B in bfloat16 (§3.3)."""
+        return math.prod(self.memory_shape) * self.numpy_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size and SHA-256 of one object."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> "StoredFile":
+        """The record of ``content``."""
+        return cls(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An immutable run of references: rows ``start`` to ``start + count - 1`` of the bank."""
+
+    name: str
+    start: int
+    count: int
+    files: dict[str, StoredFile]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything in ``header.json``; a shard that is not listed here does not exist."""
+
+    spec: BankSpec
+    embedder_file: StoredFile | None = None
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """References in the bank."""
+        return self.shards[-1].start + self.shards[-1].count if self.shards else 0
+
+    def with_shard(self, shard: Shard) -> "Header":
+        """This header with one shard more."""
+        return replace(self, shards=(*self.shards, shard))
+
+    def to_bytes(self) -> bytes:
+        """JSON, with a checksum of itself so that a damaged header cannot be believed."""
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, *, url: str) -> "Header":
+        """Parse and check a header; raises one BankError for anything wrong with it."""
+        try:
+            body = json.loads(content)
+            found = (body["format"], body["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(url, "it is not complete JSON") from error
+        if found != (FORMAT, VERSION):
+            raise BankError(
+                f"bank {url} has format {found[0]} version {found[1]}; this jaxlab reads {FORMAT}"
+                f" version {VERSION}: use the jaxlab that wrote it, or write the bank again"
+            )
+        if body.pop("checksum", None) != _checksum(body):
+            raise _damaged(url, "its checksum does not match")
+        try:
+            return _parse(body)
+        except (KeyError, TypeError) as error:
+            raise _damaged(url, f"a field is missing or unknown: {error}") from error
+
+
+def _parse(body: dict[str, Any]) -> Header:
+    spec = dict(body["spec"])
+    spec["identity"] = BankIdentity(**spec["identity"])
+    embedder = body["embedder_file"]
+    shards = [
+        Shard(**{**shard, "files": {k: StoredFile(**v) for k, v in shard["files"].items()}})
+        for shard in body["shards"]
+    ]
+    return Header(
+        spec=BankSpec(**spec),
+        embedder_file=StoredFile(**embedder) if embedder else None,
+        shards=tuple(shards),
+    )
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(url: str, reason: str) -> BankError:
+    return BankError(
+        f"bank {url}: header.json is damaged ({reason}); restore it from a copy, or write the bank"
+        " again"
+    )

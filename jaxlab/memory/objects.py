@@ -1,0 +1,117 @@
+"""Objects of a memory bank: opening a place for them, reading, writing and encoding them."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from jaxlab.errors import BankError
+
+REFERENCES = "references.jsonl"
+
+
+def open_kvstore(url: str, context: ts.Context | None) -> Any:
+    """The key-value store at ``url``; a plain path is a local directory."""
+    # The cache holds shard indices, so that a memory costs one range request instead of two.
+    context = context or ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
+    try:
+        if "://" in url:
+            return ts.KvStore.open(url.rstrip("/") + "/", context=context).result()
+        path = os.path.abspath(os.path.expanduser(url)) + "/"
+        return ts.KvStore.open({"driver": "file", "path": path}, context=context).result()
+    except Exception as error:
+        raise BankError(f"cannot open {url} as a place for a bank ({reason(error)})") from error
+
+
+def read_object(kvstore: Any, key: str, url: str) -> Any:
+    """Read one object; the answer's ``state`` is "missing" where there is none."""
+    try:
+        return kvstore.read(key).result()
+    except Exception as error:
+        raise BankError(f"bank {url}: cannot read {key} ({reason(error)})") from error
+
+
+def write_object(
+    kvstore: Any, key: str, content: bytes, *, url: str, if_equal: bytes | None = None
+) -> Any:
+    """Write one object at once or not at all; every byte of a bank goes through here."""
+    try:
+        return kvstore.write(key, content, if_equal=if_equal).result()
+    except Exception as error:
+        raise BankError(
+            f"bank {url}: cannot write {key} ({reason(error)}); nothing was added to the bank:"
+            " make room or check the permissions, then repeat"
+        ) from error
+
+
+def list_folders(kvstore: Any, folder: str, *, url: str) -> set[str]:
+    """The names directly below ``folder`` (which ends in a slash) that hold at least one object."""
+    try:
+        keys = kvstore.list(_range(folder)).result()
+    except Exception as error:
+        raise BankError(f"bank {url}: cannot list {folder} ({reason(error)})") from error
+    return {key.decode().removeprefix(folder).split("/")[0] for key in keys}
+
+
+def delete_folder(kvstore: Any, folder: str, *, url: str) -> None:
+    """Delete every object below ``folder`` (which ends in a slash)."""
+    try:
+        kvstore.delete_range(_range(folder)).result()
+    except Exception as error:
+        raise BankError(f"bank {url}: cannot clear {folder} ({reason(error)})") from error
+
+
+def _range(folder: str) -> ts.KvStore.KeyRange:
+    return ts.KvStore.KeyRange(folder, folder[:-1] + chr(ord("/") + 1))
+
+
+def reason(error: Exception) -> str:
+    """The first line of a driver's message, without its dump of the specification."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0].split(" [tensorstore_spec=")[0]
+
+
+def encode_shard(
+    arrays: Mapping[str, np.ndarray], references: Sequence[Mapping[str, Any]]
+) -> dict[str, bytes]:
+    """The objects of a shard as bytes, so that what is hashed is exactly what is written."""
+    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
+    for name, values in arrays.items():
+        # One memory is one inner chunk; the small arrays are read whole.
+        inner = (1, *values.shape[1:]) if name == "memories" else values.shape
+        spec = _zarr_spec(values, inner=inner)
+        ts.open(spec, kvstore=scratch / f"{name}/", create=True).result().write(values).result()
+    objects = {key.decode(): scratch.read(key).result().value for key in scratch.list().result()}
+    # ASCII escapes: no text can then hold a line break or a lone surrogate.
+    lines = [json.dumps(reference) + "\n" for reference in references]
+    objects[REFERENCES] = "".join(lines).encode()
+    return objects
+
+
+def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
+    sharding = {
+        "chunk_shape": list(inner),
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "index_codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+        "index_location": "end",
+    }
+    return {
+        "driver": "zarr3",
+        # Otherwise a memory of zeros is left out and sizes depend on the content.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": list(values.shape),
+            "data_type": values.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(values.shape)},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }

@@ -71,7 +71,7 @@ class SentenceTransformersEmbedder(_Stateless):
         self.name = _SENTENCE_TRANSFORMERS + model
         self._batch_size = batch_size
         self._model = _load_sentence_transformer(model)
-        self.dim = int(self._model.get_embedding_dimension())
+        self.dim = len(self._model.encode("width", show_progress_bar=False))
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dim"]:
         """Embed texts with no instruction prefix; blank texts give zeros."""
@@ -93,7 +93,7 @@ def _load_sentence_transformer(model: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"embedder {_SENTENCE_TRANSFORMERS}{model} needs the package sentence-transformers:"
-            " pip install 'jaxlab[embedders]' (or choose the embedder lsa, which needs nothing)"
+            " pip install 'jaxlab[eval]' (or choose the embedder lsa, which needs nothing)"
         ) from error
     # A path that does not exist would otherwise be taken for a name and asked of a server.
     looks_local = model.startswith((".", "~", os.sep)) or model.count("/") > 1

@@ -149,6 +149,7 @@ class Header:
 def _parse(body: dict[str, Any]) -> Header:
     spec = dict(body["spec"])
     spec["identity"] = BankIdentity(**spec["identity"])
+    spec |= {name: tuple(spec[name]) for name in ("memory_shape", "preface")}
     embedder = body["embedder_file"]
     shards = [
         Shard(**{**shard, "files": {k: StoredFile(**v) for k, v in shard["files"].items()}})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Integer
 
 from jaxlab.errors import BankError, DataError
 
@@ -192,7 +192,7 @@ class LsaEmbedder:
         os.replace(file.name, folder / STATE_FILE)
 
 
-def _mix(values: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+def _mix(values: Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
     """Scramble 64-bit integers (the finaliser of splitmix64): the same on every machine."""
     values = values.astype(np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -297,12 +297,12 @@ def _choose(
 
 def _topics(weighted: Any, *, topics: int, seed: int) -> Float[np.ndarray, "chosen topics"]:
     """Right singular vectors of the unit tf-idf rows, in float16 so that a saved copy is equal."""
-    from sklearn.decomposition import TruncatedSVD
     from sklearn.preprocessing import normalize
+    from sklearn.utils.extmath import randomized_svd
 
     topics = min(topics, *(size - 1 for size in weighted.shape))
     if topics < 1:
         return np.zeros((weighted.shape[1], 0), np.float16)
-    svd = TruncatedSVD(topics, n_iter=2, random_state=seed)
-    svd.fit(normalize(weighted))
-    return np.ascontiguousarray(svd.components_.T).astype(np.float16)
+    _, sizes, rows = randomized_svd(normalize(weighted), topics, n_iter=2, random_state=seed)
+    # Where texts repeat there are fewer topics than asked for; the rest would be noise.
+    return np.ascontiguousarray(rows[sizes > 1e-3 * sizes[0]].T).astype(np.float16)

@@ -195,7 +195,7 @@ class Bank:
         self._commit(self._header.with_shard(shard))
         return range(shard.start, shard.start + shard.count)
 
-    def read(self, ids: Int[np.ndarray, "*ids"]) -> Memories:
+    def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> Memories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
 
         Raises BankError for an id past the end and for a shard that cannot be read.
@@ -372,9 +372,12 @@ class Bank:
             key = (shard.name, name)
             if key not in self._arrays:
                 base = self._kvstore / f"shards/{shard.name}/{name}/"
-                self._arrays[key] = ts.open(
-                    {"driver": "zarr3", "recheck_cached_data": "open"}, kvstore=base
-                ).result()
+                spec = {
+                    "driver": "zarr3",
+                    "recheck_cached_data": "open",  # shards never change
+                    "fill_missing_data_reads": False,  # a lost file is an error, not zeros
+                }
+                self._arrays[key] = ts.open(spec, kvstore=base).result()
             return self._arrays[key][rows].read()
         except Exception as error:
             raise self._unreadable(shard, error) from error

@@ -1,0 +1,373 @@
+"""Laws of the memory bank: exact round trips, whole commits or none, damage that is named."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from jaxlab.errors import BankError
+from jaxlab.memory import objects, store
+from jaxlab.memory.lsa import LsaEmbedder
+from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
+
+SHAPE = (2, 2, 2, 3, 4)
+DIM = 5
+IDENTITY = BankIdentity(model_hash="m0del", tokenizer_hash="t0ken", config_hash="c0nfig")
+SPEC = BankSpec(
+    identity=IDENTITY, memory_shape=SHAPE, embedder="model", embedding_dim=DIM, preface=(1, 7)
+)
+
+
+def contents(n: int, *, seed: int = 0, dtype: str = "bfloat16", shape=SHAPE) -> tuple:
+    """Memories of random bits (NaNs and -0.0 among them) and all that goes with them."""
+    rng = np.random.default_rng(seed)
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    raw = rng.integers(0, 256, (n, *shape[:-1], shape[-1] * kind.itemsize), dtype=np.uint8)
+    references = [StoredReference(f"text {seed}/{i}", f"source {seed}", i % 9) for i in range(n)]
+    kept = rng.integers(0, shape[3] + 1, n).astype(np.int32)
+    return raw.view(kind), kept, rng.standard_normal((n, DIM)).astype(np.float32), references
+
+
+def bits(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def written(url, *, counts=(3, 2), context=None) -> Bank:
+    bank = Bank.create(url, spec=SPEC, context=context)
+    for seed, n in enumerate(counts):
+        bank.append(*contents(n, seed=seed))
+    return bank
+
+
+def files_of(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_is_read_is_bit_for_bit_what_was_appended(tmp_path, dtype):
+    spec = replace(SPEC, dtype=dtype)
+    bank = Bank.create(tmp_path / "bank", spec=spec)
+    first, second = contents(3, seed=1, dtype=dtype), contents(4, seed=2, dtype=dtype)
+    assert bank.append(*first) == range(0, 3)
+    assert bank.append(*second) == range(3, 7)
+
+    bank = Bank.open(tmp_path / "bank", identity=IDENTITY)
+    assert len(bank) == 7 and bank.spec == spec
+    found = bank.read(np.arange(7))
+    assert found.memories.dtype == first[0].dtype
+    assert bits(found.memories) == bits(first[0]) + bits(second[0])
+    np.testing.assert_array_equal(found.kept, np.concatenate([first[1], second[1]]))
+    assert bits(bank.embeddings()) == bits(first[2]) + bits(second[2])
+    assert bank.references(range(7)) == first[3] + second[3]
+
+
+def test_every_kind_of_place_keeps_the_same_bank(tmp_path):
+    context = ts.Context()
+    for url, shared in (
+        (str(tmp_path / "a path"), None),
+        (f"file://{tmp_path}/url", None),
+        ("memory://bank", context),
+    ):
+        made = written(url, context=shared)
+        bank = Bank.open(url, identity=IDENTITY, context=shared)
+        assert bits(bank.read([4, 0]).memories) == bits(made.read([4, 0]).memories)
+        assert bank.verify().ok
+
+
+def test_ids_may_come_in_any_order_shape_and_number(tmp_path):
+    bank = written(tmp_path, counts=(3, 2, 4))
+    whole = bank.read(np.arange(9))
+    ids = np.array([[8, 0, 3], [3, 3, 7]])
+    found = bank.read(ids)
+    assert found.memories.shape == (2, 3, *SHAPE)
+    assert bits(found.memories) == bits(whole.memories[ids])
+    np.testing.assert_array_equal(found.kept, whole.kept[ids])
+    assert bank.read([]).memories.shape == (0, *SHAPE)
+
+
+def test_a_negative_id_reads_as_an_empty_memory(tmp_path):
+    bank = written(tmp_path)
+    found = bank.read(np.array([-1, 2, -7]))
+    assert not bits(found.memories[[0, 2]]).strip(b"\0")
+    np.testing.assert_array_equal(found.kept[[0, 2]], 0)
+    assert bits(found.memories[1]) == bits(bank.read([2]).memories)
+
+
+def test_an_id_past_the_end_is_an_error(tmp_path):
+    bank = written(tmp_path)
+    with pytest.raises(BankError, match="has 5 references; there is no 5"):
+        bank.read([5])
+    for row in (5, -1):
+        with pytest.raises(BankError, match="has 5 references"):
+            bank.reference(row)
+
+
+def test_an_empty_bank_has_nothing_and_says_so(tmp_path):
+    Bank.create(tmp_path, spec=SPEC)
+    bank = Bank.open(tmp_path)
+    assert len(bank) == 0 and bank.embeddings().shape == (0, DIM)
+    assert bits(bank.read([-1]).memories) == bytes(bank.spec.bytes_per_reference)
+    assert bank.verify().ok
+
+
+def test_a_reference_of_the_published_model_takes_450560_bytes(tmp_path):
+    shape = (22, 2, 8, 8, 80)
+    spec = replace(SPEC, memory_shape=shape)
+    assert spec.bytes_per_reference == 450_560
+    bank = Bank.create(tmp_path, spec=spec)
+    memories, *rest = contents(3, shape=shape)
+    memories[1] = 0  # zeros take their place like any other content
+    bank.append(memories, *rest)
+    [data] = [path for path in files_of(tmp_path) if "/memories/c/" in path]
+    index = 3 * 16 + 4  # offset and length of each inner chunk, and a checksum
+    assert (tmp_path / data).stat().st_size == 3 * 450_560 + index
+    content = (tmp_path / data).read_bytes()
+    assert content[2 * 450_560 : 3 * 450_560] == bits(memories[2])
+
+
+def test_texts_of_every_kind_come_back_unchanged(tmp_path):
+    texts = ["", "line\nbreak\r\n", "\u2028 \x1c", "数学 é 🙂", "\ud800 alone", '"quoted" \\']
+    memories, kept, embeddings, _ = contents(len(texts))
+    references = [StoredReference(text, "s", 1) for text in texts]
+    Bank.create(tmp_path, spec=SPEC).append(memories, kept, embeddings, references)
+    assert Bank.open(tmp_path).references(range(len(texts))) == references
+
+
+def test_what_does_not_fit_the_bank_is_refused(tmp_path):
+    bank = written(tmp_path, counts=(2,))
+    memories, kept, embeddings, references = contents(2, seed=3)
+    wrong = [
+        ((memories[..., :3], kept, embeddings, references), "memories have shape"),
+        ((memories, kept, embeddings[:, :4], references), "embeddings have shape"),
+        ((memories, kept, embeddings, references[:1]), "have shape"),
+        ((memories.astype(np.float32), kept, embeddings, references), "are float32"),
+        ((memories, kept + 4, embeddings, references), "kept must lie between 0 and 3"),
+        ((memories, kept, embeddings * np.nan, references), "not finite"),
+        (tuple(part[:0] for part in (memories, kept, embeddings, references)), "empty"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(BankError, match=message):
+            bank.append(*arguments)
+    assert len(Bank.open(tmp_path)) == 2
+    with pytest.raises(BankError, match="not open for writing"):
+        Bank.open(tmp_path).append(memories, kept, embeddings, references)
+    for change in ({"memory_shape": (1, 3, 1, 1, 1)}, {"dtype": "int8"}, {"embedding_dim": 0}):
+        with pytest.raises(BankError, match=next(iter(change))):
+            replace(SPEC, **change)
+
+
+def test_a_bank_is_not_made_over_another(tmp_path):
+    written(tmp_path)
+    with pytest.raises(BankError, match="a bank at .* already"):
+        Bank.create(tmp_path, spec=SPEC)
+
+
+def test_a_bank_of_another_model_names_both_hashes(tmp_path):
+    written(tmp_path)
+    other = replace(IDENTITY, model_hash="0ther", config_hash="c1")
+    with pytest.raises(BankError) as caught:
+        Bank.open(tmp_path, identity=other)
+    message = str(caught.value)
+    for part in ("model of the bank is m0del, yours is 0ther", "c0nfig", "c1", "write the bank"):
+        assert part in message
+    assert "tokenizer" not in message and "\n" not in message
+
+
+def test_no_bank_and_a_damaged_header_are_one_clear_error(tmp_path):
+    with pytest.raises(BankError, match="header.json is missing"):
+        Bank.open(tmp_path / "nothing")
+    written(tmp_path)
+    header = tmp_path / "header.json"
+    content = header.read_bytes()
+    header.write_bytes(content[: len(content) // 2])
+    with pytest.raises(BankError, match="header.json is damaged"):
+        Bank.open(tmp_path)
+    header.write_bytes(content.replace(b'"count": 3', b'"count": 4'))
+    with pytest.raises(BankError, match="checksum does not match"):
+        Bank.open(tmp_path)
+    header.write_text(json.dumps({**json.loads(content), "version": 99}))
+    with pytest.raises(BankError, match="version 99; this jaxlab reads .* version 1"):
+        Bank.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["memories/c", "memories/zarr", "kept", "embeddings", "jsonl"])
+def test_a_flipped_bit_is_found_and_its_shard_named(tmp_path, kind):
+    written(tmp_path)
+    assert Bank.open(tmp_path).verify().ok
+    paths = [p for p in files_of(tmp_path) if kind in p]
+    assert paths
+    for path in paths:
+        content = bytearray((tmp_path / path).read_bytes())
+        content[len(content) // 2] ^= 4
+        (tmp_path / path).write_bytes(content)
+        report = Bank.open(tmp_path).verify()
+        shard = path.split("/")[1]
+        assert (report.damaged, report.missing) == ((shard,), ()) and not report.ok
+        assert path in report.problems[0]
+        content[len(content) // 2] ^= 4
+        (tmp_path / path).write_bytes(content)
+
+
+def test_a_lost_file_is_named_by_verify_and_by_whoever_reads_it(tmp_path):
+    written(tmp_path)
+    for path in files_of(tmp_path / "shards/000001"):
+        file = tmp_path / "shards/000001" / path
+        content = file.read_bytes()
+        file.unlink()
+        bank = Bank.open(tmp_path)
+        report = bank.verify()
+        assert (report.missing, report.damaged) == (("000001",), ())
+        with pytest.raises(BankError, match="shard 000001 .*jaxlab memory verify"):
+            bank.read([4]), bank.embeddings(), bank.reference(4)
+        assert bank.read([2]).memories.shape == (1, *SHAPE)
+        file.write_bytes(content[:-1])
+        assert Bank.open(tmp_path).verify().damaged == ("000001",)
+        file.write_bytes(content)
+    assert Bank.open(tmp_path).verify().ok
+
+
+@pytest.mark.parametrize("when", range(1, 9))
+def test_an_append_that_fails_at_any_write_leaves_the_bank_as_it_was(tmp_path, monkeypatch, when):
+    bank = written(tmp_path)
+    before, header = files_of(tmp_path), (tmp_path / "header.json").read_bytes()
+    calls = []
+
+    def full_disk(kvstore, key, content, **options):
+        calls.append(key)
+        if len(calls) == when:
+            raise BankError(f"cannot write {key} (No space left on device)")
+        return objects.write_object(kvstore, key, content, **options)
+
+    monkeypatch.setattr(store, "write_object", full_disk)
+    with pytest.raises(BankError, match="No space left"):
+        bank.append(*contents(2, seed=5))
+    assert len(calls) == when and (calls[-1] == "header.json") == (when == 8)
+    monkeypatch.undo()
+    assert (tmp_path / "header.json").read_bytes() == header and len(bank) == 5
+    again = Bank.open(tmp_path, write=True)
+    assert files_of(tmp_path) == before and again.verify().ok
+    assert again.append(*contents(2, seed=5)) == range(5, 7)
+
+
+CHILD = """
+    import os, resource, signal, sys
+    import numpy as np
+    from jaxlab.errors import BankError
+    from jaxlab.memory import store
+    from tests.memory.test_store import contents
+
+    bank = store.Bank.open(sys.argv[1], write=True)
+"""
+
+
+def run_child(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
+    code = textwrap.dedent(CHILD) + textwrap.dedent(body)
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_writer_killed_before_its_commit_leaves_what_was_committed(tmp_path):
+    written(tmp_path)
+    before = files_of(tmp_path)
+    child = run_child(
+        tmp_path,
+        """
+        write = store.write_object
+        def dying(kvstore, key, content, **options):
+            if key == "header.json":
+                os._exit(9)
+            return write(kvstore, key, content, **options)
+        store.write_object = dying
+        bank.append(*contents(4, seed=7))
+        """,
+    )
+    assert child.returncode == 9, child.stderr
+    assert (tmp_path / "shards/000002/references.jsonl").exists()
+    assert len(Bank.open(tmp_path)) == 5 and Bank.open(tmp_path).verify().ok
+
+    bank = Bank.open(tmp_path, write=True)
+    assert files_of(tmp_path) == before
+    fresh = contents(2, seed=8)
+    assert bank.append(*fresh) == range(5, 7)
+    bank = Bank.open(tmp_path)
+    assert bits(bank.read([5, 6]).memories) == bits(fresh[0])
+    assert [(s.start, s.count) for s in bank.shards] == [(0, 3), (3, 2), (5, 2)]
+
+
+def test_a_file_that_the_system_refuses_to_grow_is_one_clear_error(tmp_path):
+    written(tmp_path)
+    header = (tmp_path / "header.json").read_bytes()
+    child = run_child(
+        tmp_path,
+        """
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            bank.append(*contents(400, seed=7))
+        except BankError as error:
+            print(f"error: {error}")
+        print(len(bank), len(store.Bank.open(sys.argv[1])))
+        """,
+    )
+    message, lengths = child.stdout.splitlines()
+    assert "cannot write shards/000002/memories" in message and "File too large" in message
+    assert "make room" in message and lengths == "5 5", child.stderr
+    assert (tmp_path / "header.json").read_bytes() == header
+    assert Bank.open(tmp_path).verify().ok and not list(tmp_path.glob("shards/000002/**/c/*"))
+
+
+def test_of_two_writers_the_second_is_told_and_nothing_is_lost(tmp_path):
+    first = written(tmp_path)
+    second = Bank.open(tmp_path, write=True)
+    first.append(*contents(2, seed=5))
+    with pytest.raises(BankError, match="changed by another writer"):
+        second.append(*contents(3, seed=6))
+    bank = Bank.open(tmp_path)
+    assert len(bank) == 7 and bank.verify().ok
+    assert bits(bank.read([5, 6]).memories) == bits(contents(2, seed=5)[0])
+
+
+def test_a_reader_sees_the_bank_as_it_was_opened(tmp_path):
+    writer = written(tmp_path)
+    reader = Bank.open(tmp_path)
+    writer.append(*contents(2, seed=5))
+    assert len(reader) == 5 and len(Bank.open(tmp_path)) == 7
+    assert reader.read([0]).memories.shape == (1, *SHAPE)
+
+
+def test_the_embedder_travels_with_the_bank_and_is_verified(tmp_path):
+    fitted = LsaEmbedder.fit(["one reference", "another reference"], dim=32)
+    spec = replace(SPEC, embedder="lsa", embedding_dim=32)
+    Bank.create(tmp_path, spec=spec, embedder_state=fitted.to_bytes())
+    bank = Bank.open(tmp_path)
+    np.testing.assert_array_equal(bank.embedder().embed(["another"]), fitted.embed(["another"]))
+    file = tmp_path / "embedder/embedder.npz"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert bank.verify().damaged == ("embedder",)
+    with pytest.raises(BankError, match="embedder.npz is damaged"):
+        bank.embedder()
+
+
+def test_stats_are_plain_json(tmp_path):
+    stats = json.loads(json.dumps(written(tmp_path).stats()))
+    assert stats["references"] == 5 and stats["shards"] == 2
+    assert stats["bytes"] == sum(
+        p.stat().st_size for p in tmp_path.glob("shards/**/*") if p.is_file()
+    )
+    assert stats["bytes_per_reference"] == 2 * 2 * 2 * 3 * 4 * 2
+    assert stats["identity"]["model_hash"] == "m0del"

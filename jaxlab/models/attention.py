@@ -1,0 +1,117 @@
+"""Grouped-query attention: projections here, the softmax in ``kernels_pallas.memory_attention``."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlab.models.layers import normal, rotate
+from kernels_pallas.memory_attention import ChunkGrid, memory_attention
+
+
+class KeyValues(NamedTuple):
+    """Keys (rotated) and values; leading axes depend on where they come from."""
+
+    keys: Float[Array, "..."]
+    values: Float[Array, "..."]
+
+
+class Slots(NamedTuple):
+    """Memory slots of every memory layer and chunk, the pytree that the decoder reads.
+
+    keys, values: (memory layers, B, C, M, K, H), keys rotated at their in-reference positions.
+    valid: (B, C, M), False where a slot is empty; the same for all layers and heads.
+    """
+
+    keys: Float[Array, "L B C M K H"]
+    values: Float[Array, "L B C M K H"]
+    valid: Bool[Array, "B C M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingPlan:
+    """What every layer of one forward pass shares: where the queries stand, who reads what."""
+
+    index: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    grid: ChunkGrid | None = None
+    slot_valid: Bool[Array, "B C M"] | None = None
+
+
+class Projected(NamedTuple):
+    """Queries and keys before rotation, and values."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B T K H"]
+    value: Float[Array, "B T K H"]
+
+
+class Attention(nnx.Module):
+    """The four projections of one stack of layers."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        theta: float,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.theta = theta
+        into = ("layers", "embed", "heads", "head_dim")
+        into_kv = ("layers", "embed", "kv_heads", "head_dim")
+        out = ("layers", "heads", "head_dim", "embed")
+        self.query = normal(rngs, (layers, width, heads, head_dim), into, std)
+        self.key = normal(rngs, (layers, width, kv_heads, head_dim), into_kv, std)
+        self.value = normal(rngs, (layers, width, kv_heads, head_dim), into_kv, std)
+        self.output = normal(rngs, (layers, heads, head_dim, width), out, out_std)
+
+    def project(self, x: Float[Array, "B T D"]) -> Projected:
+        """Queries, keys (neither rotated) and values of one layer."""
+        weights = (self.query[...], self.key[...], self.value[...])
+        return Projected(*(jnp.einsum("btd,dnh->btnh", x, w.astype(x.dtype)) for w in weights))
+
+    def rotate(self, x: Float[Array, "B T K H"], positions: Int[Array, "B T"]):
+        """Rotary embedding with this model's base."""
+        return rotate(x, positions, theta=self.theta)
+
+    def read(
+        self,
+        query: Float[Array, "B T N H"],
+        context: KeyValues,
+        plan: ReadingPlan,
+        *,
+        preface: KeyValues | None,
+        slots: KeyValues | None,
+    ) -> Float[Array, "B T D"]:
+        """Joint softmax over preface, slots and context, then the output projection."""
+        out = memory_attention(
+            query,
+            context.keys,
+            context.values,
+            query_index=plan.index,
+            preface=preface,
+            slots=slots,
+            slot_valid=plan.slot_valid if slots is not None else None,
+            grid=plan.grid if slots is not None else None,
+        )
+        return jnp.einsum("btnh,nhd->btd", out, self.output[...].astype(out.dtype))
+
+
+def write_into(
+    cache: KeyValues, new: KeyValues, start: Int[Array, " B"]
+) -> KeyValues:
+    """Write the keys and values of this call into each sequence's cache from its own ``start``."""
+
+    def one(buffer, rows, at):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), at, axis=0)
+
+    return KeyValues(*(jax.vmap(one)(b, n, start) for b, n in zip(cache, new, strict=True)))

@@ -1,0 +1,224 @@
+"""The decoder, written once: Llama and Memory³ are configurations of it.
+
+Layers come in two stacks, each one ``lax.scan``: the memory layers (the first ``memory_layers``,
+which can read slots) and the plain layers above them (all layers of a Llama). Memory is an argument,
+not another class: ``slots=None`` is an ordinary language model.
+
+Positions (Memory³ §3.2, figure 9): with a preface of P tokens, references occupy P ... P+R-1 in
+parallel and the context's ``<s>`` stands at P+R; without a preface the context starts at 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxlab.config import ModelConfig
+from jaxlab.models.attention import Attention, KeyValues, ReadingPlan, Slots, write_into
+from jaxlab.models.cache import Cache
+from jaxlab.models.layers import RMSNorm, SwiGLU, normal
+from kernels_pallas.memory_attention import ChunkGrid
+
+INIT_STD = 0.02
+
+
+class Prefix(NamedTuple):
+    """The preface ``<s>Reference:`` as every layer reads it; constant for given parameters.
+
+    layers: one entry for each stack, keys and values of shape (layers, P, K, H).
+    """
+
+    layers: tuple[KeyValues, ...]
+
+    @property
+    def length(self) -> int:
+        """Number of preface tokens P."""
+        return self.layers[0].keys.shape[1]
+
+
+class Block(nnx.Module):
+    """A stack of pre-norm layers; called on one layer's parameters inside a scan."""
+
+    def __init__(self, config: ModelConfig, *, layers: int, rngs: nnx.Rngs):
+        width = config.model_width
+        std, out_std = INIT_STD, INIT_STD / math.sqrt(2 * config.layers)
+        self.attention_norm = RMSNorm(layers=layers, width=width, eps=config.norm_eps)
+        self.attention = Attention(
+            layers=layers,
+            width=width,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            std=std,
+            out_std=out_std,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(layers=layers, width=width, eps=config.norm_eps)
+        self.mlp = SwiGLU(
+            layers=layers,
+            width=width,
+            ffn_width=config.ffn_width,
+            std=std,
+            out_std=out_std,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        plan: ReadingPlan,
+        *,
+        preface: KeyValues | None = None,
+        slots: KeyValues | None = None,
+        cache: KeyValues | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """One layer; also returns its context keys and values (the updated cache, if one is given)."""
+        query, key, value = self.attention.project(self.attention_norm(x))
+        query = self.attention.rotate(query, plan.positions)
+        context = KeyValues(self.attention.rotate(key, plan.positions), value)
+        if cache is not None:
+            context = write_into(cache, context, plan.index[:, 0])
+        x = x + self.attention.read(query, context, plan, preface=preface, slots=slots)
+        return x + self.mlp(self.mlp_norm(x)), context
+
+
+def remat(body, policy: str):
+    """Wrap a scan body so that its backward pass recomputes what ``policy`` does not keep."""
+    if policy == "none":
+        return body
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    # The scan already keeps XLA from merging the recomputation with the forward pass.
+    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+
+
+class Decoder(nnx.Module):
+    """Embedding, memory layers, plain layers, final norm, output head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        table = (config.vocab_size, config.model_width)
+        self.embedding = normal(rngs, table, ("vocab", "embed"), INIT_STD)
+        counts = (config.memory_layers, config.layers - config.memory_layers)
+        self.stacks = nnx.List([Block(config, layers=n, rngs=rngs) for n in counts if n])
+        self.final_norm = RMSNorm(layers=None, width=config.model_width, eps=config.norm_eps)
+        if not config.tied_embeddings:
+            self.head = normal(rngs, table[::-1], ("embed", "vocab"), INIT_STD)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype; parameters, norms, softmax and losses stay float32."""
+        return jnp.dtype(self.config.compute_dtype)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token embeddings in the compute dtype."""
+        return jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The output matrix: the embedding transposed when tied."""
+        return self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Next-token logits in float32."""
+        weights = self.unembedding().astype(hidden.dtype)
+        return jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        preface: Prefix | None = None,
+        slots: Slots | None = None,
+        grid: ChunkGrid | None = None,
+        cache: Cache | None = None,
+        start: int = 0,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Final hidden states of the context, and its keys and values by stack.
+
+        Args:
+          tokens: context tokens, ``<s>`` first.
+          preface: from :func:`encode_preface`; None is the ordinary language model.
+          slots: memory of each chunk, read by the memory layers.
+          grid: which chunk's slots a token reads; None when there is one group for all.
+          cache: keys and values of the tokens before these; new ones are written behind them.
+          start: position of context index 0; given by :func:`context_start`.
+        """
+        batch, length = tokens.shape
+        before = jnp.zeros((batch,), jnp.int32) if cache is None else cache.lengths
+        index = before[:, None] + jnp.arange(length, dtype=jnp.int32)
+        plan = ReadingPlan(
+            index=index,
+            positions=index + start,
+            grid=grid,
+            slot_valid=None if slots is None else slots.valid,
+        )
+        x, written = self.embed(tokens), []
+        for number, stack in enumerate(self.stacks):
+            reads = slots is not None and number == 0 and self.config.memory_layers > 0
+            per_layer = dict(
+                preface=None if preface is None else preface.layers[number],
+                slots=KeyValues(slots.keys, slots.values) if reads else None,
+                cache=None if cache is None else cache.layers[number],
+            )
+            x, layer_cache = run_stack(stack, x, plan, per_layer, policy=self.config.remat)
+            written.append(layer_cache)
+        return self.final_norm(x), Cache(tuple(written), before + length)
+
+
+def run_stack(stack: Block, x, plan: ReadingPlan, per_layer: dict, *, policy: str):
+    """Scan one stack; ``per_layer`` holds what is read layer by layer (leading axis: layers)."""
+    graphdef, params = nnx.split(stack)
+
+    def body(x, layer):
+        params, reads = layer
+        return nnx.merge(graphdef, params)(x, plan, **reads)
+
+    return jax.lax.scan(remat(body, policy), x, (params, per_layer))
+
+
+def context_start(preface_length: int, reference_length: int) -> int:
+    """Position of the context's ``<s>`` behind the preface and the references' shared interval."""
+    return preface_length + reference_length
+
+
+def encode_preface(decoder: Decoder, preface_ids: Int[Array, " P"]) -> Prefix:
+    """Keys and values of ``<s>Reference:`` in every layer (nothing stands before it)."""
+    _, cache = decoder(preface_ids[None])
+    return Prefix(
+        tuple(KeyValues(part.keys[:, 0], part.values[:, 0]) for part in cache.layers)
+    )
+
+
+def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
+    """Graph definition and parameter shapes (a nested dict): nothing is allocated."""
+    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def initial_parameters(config: ModelConfig, seed: int) -> dict:
+    """Fresh float32 parameters as a nested dict, made by one compiled program.
+
+    The generator is ``rbg``: with the default one XLA takes minutes to compile the draws on a CPU.
+    """
+
+    def make(key):
+        decoder = Decoder(config, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.split(decoder)[1])
+
+    return jax.jit(make)(jax.random.key(seed, impl="rbg"))
+
+
+def parameter_count(config: ModelConfig, *, embeddings: bool = True) -> int:
+    """Parameters of the model, counted from shapes: nothing is allocated."""
+    _, shapes = abstract_decoder(config)
+    if not embeddings:
+        shapes.pop("embedding")
+        shapes.pop("head", None)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

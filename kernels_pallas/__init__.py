@@ -1,0 +1,1 @@
+"""Kernels for explicit memory. Imports nothing of ``jaxlab``: usable from any JAX program."""

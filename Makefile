@@ -1,0 +1,37 @@
+# Needs python3 (3.11 or newer), make and a package index; everything else goes into .venv.
+# A .venv is installed again only when requirements.txt or pyproject.toml changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+# Train both stages of a small model on this machine's documentation, write its memory bank, ask it.
+demo: $(VENV)/.run
+	$(BIN)/jaxlab demo --out runs/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Side-by-side measurements; every script prints the command and the machine with its numbers.
+bench: $(VENV)/.dev
+	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxlab needs Python 3.11+")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.run: $(VENV)/.made requirements.txt pyproject.toml
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.made requirements.txt pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@ $(VENV)/.run

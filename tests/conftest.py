@@ -1,0 +1,25 @@
+"""The tests run on the CPU, with every shape and type annotation of the packages checked."""
+
+import os
+
+# Before anything imports jax. A machine with an accelerator runs the same tests.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jaxtyping
+import pytest
+
+# Kept for the whole session: modules imported from here on are checked by beartype.
+jaxtyping.install_import_hook(["jaxlab", "kernels_pallas"], "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="write the golden files under tests/golden anew instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--update-golden")

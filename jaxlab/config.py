@@ -189,6 +189,8 @@ class ScheduleConfig:
     def __post_init__(self):
         _not_negative(self, "warmup_steps")
         _fraction(self, "decay_fraction", "final_fraction")
+        warm = self.name == "constant" and self.warmup_steps > 0
+        _require(not warm, "warmup_steps", "a constant schedule has no warmup")
 
     def decay_steps(self, steps: int) -> int:
         """Steps of the final decay of warmup-stable-decay in a stage of ``steps`` steps."""
@@ -212,7 +214,7 @@ class StageConfig:
             f"batch_size {self.batch_size} does not split into {self.accumulation} micro-batches"
         )
         _require(self.batch_size % self.accumulation == 0, "accumulation", parts)
-        used = self.schedule.warmup_steps if self.schedule.name != "constant" else 0
+        used = self.schedule.warmup_steps
         if self.schedule.name == "warmup-stable-decay":
             used += self.schedule.decay_steps(self.steps)
         late = f"warmup and decay take {used} steps of a stage of {self.steps}"

@@ -134,6 +134,10 @@ def test_a_value_of_another_type_is_refused(tiny, override, problem):
         (["stages.warmup.accumulation=3"], "stages.warmup.accumulation: batch_size 4 does not"),
         (["stages.warmup.memory=true"], "stages.warmup.memory: the warmup stage is plain"),
         (["stages.warmup.schedule={warmup_steps: 10}"], "stages.warmup.schedule.warmup_steps: "),
+        (
+            ["stages.warmup.schedule={name: constant, warmup_steps: 1}"],
+            "stages.warmup.schedule.warmup_steps: a constant schedule has no warmup",
+        ),
         (["model.memory_layers=0"], "stages.continual.memory: reading memory needs"),
         (["stages={}"], "stages.warmup: no stage given"),
         (["stages.continual=null", "data.facts_fraction=0.5"], "data.facts_fraction: facts are"),

@@ -311,5 +311,5 @@ def test_every_single_flipped_bit_changes_an_arrays_checksum(dtype):
 def test_moved_elements_and_exchanged_signs_change_an_arrays_checksum():
     x = jnp.arange(6.0).reshape(2, 3)
     signs = [x.at[0, i].multiply(-1).at[1, j].multiply(-1) for i in (1, 2) for j in range(3)]
-    arrays = dict(enumerate([x, x[::-1], x.T, *signs]))
+    arrays = {str(i): array for i, array in enumerate([x, x[::-1], x.T, *signs])}
     assert len(set(array_checksums(arrays).values())) == len(arrays)

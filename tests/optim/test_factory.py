@@ -1,0 +1,108 @@
+"""One step of each chain against its rule in plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxlab.config import OptimizerConfig, ScheduleConfig, StageConfig
+from jaxlab.optim import decay_mask, make_optimizer
+
+STAGE = StageConfig(
+    steps=100, batch_size=1, learning_rate=0.5, schedule=ScheduleConfig(warmup_steps=5)
+)
+RATES = [0.1, 0.2, 0.3]
+
+
+def make_params(seed: int) -> dict:
+    """Three stacked layers: the norm's scale has two axes, like the output matrix."""
+    draw = np.random.default_rng(seed)
+    shapes = {"kernel": (3, 4, 5), "scale": (3, 4)}
+    layers = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {"layers": layers, "head": draw.normal(size=(4, 7)).astype(np.float32)}
+
+
+def clipped(grads: dict, norm: float) -> dict:
+    total = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in jax.tree.leaves(grads)))
+    return jax.tree.map(lambda g: g * min(1.0, norm / total), grads)
+
+
+def run(optimizer: OptimizerConfig, params: dict, grads: list[dict]) -> dict:
+    chain = make_optimizer(optimizer, STAGE)
+    params = jax.tree.map(jnp.asarray, params)
+    state = chain.init(params)
+    for grad in grads:
+        updates, state = chain.update(jax.tree.map(jnp.asarray, grad), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_adamw_steps_equal_the_rule_with_scales_left_undecayed():
+    config = OptimizerConfig(b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=2.0)
+    params, grads = make_params(0), [make_params(seed) for seed in (1, 2, 3)]
+    expected = jax.tree.map(np.float64, params)
+    mu = nu = jax.tree.map(np.zeros_like, expected)
+    decay = {"layers": {"kernel": 0.3, "scale": 0.0}, "head": 0.3}
+    for t, (rate, grad) in enumerate(zip(RATES, grads, strict=True), start=1):
+        grad = clipped(grad, 2.0)
+        mu = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, mu, grad)
+        nu = jax.tree.map(lambda n, g: 0.9 * n + 0.1 * g**2, nu, grad)
+
+        def step(p, m, n, d, rate=rate, t=t):
+            direction = (m / (1 - 0.8**t)) / (np.sqrt(n / (1 - 0.9**t)) + 1e-3)
+            return p - rate * (direction + d * p)
+
+        expected = jax.tree.map(step, expected, mu, nu, decay)
+    # float32 against float64 over three steps
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6),
+        run(config, params, grads),
+        expected,
+    )
+
+
+def test_sgd_steps_equal_the_rule_without_clipping():
+    config = OptimizerConfig(name="sgd", momentum=0.5, weight_decay=0.1, clip_norm=None)
+    params, grads = make_params(0), [make_params(1), make_params(2)]
+    expected, velocity = params, jax.tree.map(np.zeros_like, params)
+    decay = {"layers": {"kernel": 0.1, "scale": 0.0}, "head": 0.1}
+    for rate, grad in zip(RATES[:2], grads, strict=True):
+        total = jax.tree.map(lambda g, p, d: g + d * p, grad, expected, decay)
+        velocity = jax.tree.map(lambda v, g: 0.5 * v + g, velocity, total)
+        expected = jax.tree.map(lambda p, v, rate=rate: p - rate * v, expected, velocity)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        run(config, params, grads),
+        expected,
+    )
+
+
+def test_the_mask_goes_by_name_in_dictionaries_and_in_flax_states():
+    class Norm(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones((3, 4)))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.norm, self.kernel = Norm(), nnx.Param(jnp.ones((3, 4)))
+
+    state = nnx.state(Model())
+    for params in (state, nnx.to_pure_dict(state)):
+        mask = decay_mask(params)
+        flat = jax.tree_util.tree_flatten_with_path(mask)[0]
+        assert sorted(("scale" in jax.tree_util.keystr(k), v) for k, v in flat) == [
+            (False, True),
+            (True, False),
+        ]
+
+
+def test_the_second_update_compiles_nothing_new():
+    chain = make_optimizer(OptimizerConfig(), STAGE)
+    params = jax.tree.map(jnp.asarray, make_params(0))
+    update = jax.jit(chain.update)
+    state = jax.jit(chain.init)(params)
+    for seed in (1, 2, 3):
+        grads = jax.tree.map(jnp.asarray, make_params(seed))
+        _, state = update(grads, state, params)
+    assert update._cache_size() == 1

@@ -6,6 +6,7 @@ import os
 import re
 import tempfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -106,7 +107,7 @@ class LsaEmbedder:
         columns = _choose(seen, idf, limit=chosen)
         rng = np.random.default_rng(seed)
         rows = np.sort(rng.permutation(len(texts))[:svd_texts])
-        weighted = _weigh(counts[rows], idf, settings)[:, columns]
+        weighted = _weigh(counts[rows], _weights(idf, settings))[:, columns]
         components = _topics(weighted, topics=min(topics, dim // 2), seed=seed)
         settings = LsaSettings(dim=dim, topics=components.shape[1], seed=seed)
         return cls(settings, idf=idf, columns=columns, components=components)
@@ -120,8 +121,8 @@ class LsaEmbedder:
         return out
 
     def _embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dim"]:
-        weighted = _weigh(_counts(texts, self.settings), self._idf, self.settings)
-        exact = unit_rows((weighted @ self._signs).toarray())
+        weighted = _weigh(_counts(texts, self.settings), self._weights)
+        exact = unit_rows(self._project(weighted))
         if not self.settings.topics:
             return exact
         topics = unit_rows(weighted[:, self._columns] @ self._wide_components)
@@ -134,21 +135,30 @@ class LsaEmbedder:
         return self._components.astype(np.float32)
 
     @cached_property
-    def _signs(self) -> Any:
-        """The sparse sign matrix: each feature has one ±1 in each of ``signs`` column blocks."""
+    def _weights(self) -> Float32[np.ndarray, " features"]:
+        return _weights(self._idf, self.settings)
+
+    def _project(self, weighted: Any) -> Float32[np.ndarray, "n rest"]:
+        """Multiply by the sign matrix: each feature has one ±1 in each of ``signs`` blocks.
+
+        Its rows are hashes of the feature and the seed, made for the features at hand.
+        """
         from scipy.sparse import csr_array
 
-        features, signs = len(self._idf), self.settings.signs
-        edges = np.linspace(0, self.dim - self.settings.topics, signs + 1).astype(np.int64)
-        entry = np.arange(features * signs, dtype=np.uint64)
-        random = _mix(entry + np.uint64(self.settings.seed) * np.uint64(0x9E3779B97F4A7C15))
-        start, width = np.tile(edges[:-1], features), np.tile(np.diff(edges), features)
-        column = start + ((random >> np.uint64(1)) % width.astype(np.uint64)).astype(np.int64)
-        sign = np.where(random & np.uint64(1), 1, -1).astype(np.float32)
-        rows = np.arange(0, features * signs + 1, signs)
-        return csr_array(
-            (sign, column.astype(np.int32), rows.astype(np.int32)), shape=(features, edges[-1])
+        features, place = np.unique(weighted.indices, return_inverse=True)
+        signs, width = self.settings.signs, self.dim - self.settings.topics
+        edges = np.linspace(0, width, signs + 1).astype(np.int64)
+        entry = features.astype(np.uint64)[:, None] * np.uint64(signs) + np.arange(
+            signs, dtype=np.uint64
         )
+        random = _mix(entry + np.uint64(self.settings.seed) * np.uint64(0x9E3779B97F4A7C15))
+        offset = (random >> np.uint64(1)) % np.diff(edges).astype(np.uint64)
+        columns = (edges[:-1] + offset.astype(np.int64)).ravel()
+        values = np.where(random & np.uint64(1), 1, -1).astype(np.float32).ravel()
+        rows = np.arange(0, len(values) + 1, signs)
+        matrix = csr_array((values, columns, rows), shape=(len(features), width))
+        shape = (weighted.shape[0], len(features))
+        return (csr_array((weighted.data, place, weighted.indptr), shape=shape) @ matrix).toarray()
 
     def to_bytes(self) -> bytes:
         """The fitted state as one .npz (no pickle) with a JSON header."""
@@ -178,7 +188,15 @@ class LsaEmbedder:
             stored = header["settings"]
             stored["char_sizes"] = tuple(stored["char_sizes"])
             return cls(LsaSettings(**stored), **arrays)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise BankError(
                 f"lsa: the saved embedder is damaged ({error}); build the bank again"
             ) from error
@@ -202,41 +220,42 @@ def _mix(values: Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]
 
 def _counts(texts: Sequence[str], settings: LsaSettings) -> Any:
     """Occurrences of hashed words, pairs of neighbouring words and character n-grams, as CSR."""
-    from scipy.sparse import csr_array, hstack
+    from scipy.sparse import hstack
 
     vocabulary: dict[str, int] = defaultdict()
     vocabulary.default_factory = vocabulary.__len__
     rows = [[vocabulary[word] for word in _WORD.findall(text.lower())] for text in texts]
     ends = np.cumsum([0, *map(len, rows)])
     flat = np.fromiter((word for row in rows for word in row), np.int64, int(ends[-1]))
-    words, chars = _word_features(list(vocabulary), settings)
+    hashes, chars = _word_features(list(vocabulary), settings)
+    hashed = _mix(hashes)[flat]
+
+    # A pair belongs to the text of its first word, unless that word is the text's last.
+    paired = np.ones(len(flat), bool)
+    paired[ends[1:][np.diff(ends) > 0] - 1] = False
+    pairs = _mix(hashed * np.uint64(3) + np.roll(hashed, -1))[paired]
+    pair_ends = np.concatenate([[0], np.cumsum(paired)])[ends]
+
     n_words, n_pairs, _ = settings.widths
-    hashed = _mix(words)
-    ones = np.ones(len(flat), np.float32)
-
-    starts_text = np.zeros(len(flat) + 1, bool)
-    starts_text[ends] = True
-    inside = ~starts_text[1:-1] if len(flat) else np.zeros(0, bool)
-    left, right = hashed[flat[:-1]][inside], hashed[flat[1:]][inside]
-    pairs = _mix(left * np.uint64(3) + right) & np.uint64(n_pairs - 1)
-    before = np.concatenate([[0], np.cumsum(inside)]) if len(flat) else np.zeros(1, np.int64)
-    pair_ends = before[np.maximum(ends - 1, 0)] if len(flat) else ends
-
-    shape = len(texts)
-    tokens = csr_array((ones, flat, ends), shape=(shape, len(vocabulary)))
-    tokens.sum_duplicates()
-    by_word = csr_array(
-        ((ones), (hashed & np.uint64(n_words - 1)).astype(np.int64)[flat], ends),
-        shape=(shape, n_words),
-    )
-    by_pair = csr_array(
-        (np.ones(len(pairs), np.float32), pairs.astype(np.int64), pair_ends),
-        shape=(shape, n_pairs),
-    )
-    by_word.sum_duplicates()
-    by_pair.sum_duplicates()
-    counts = hstack([by_word, by_pair, tokens @ chars], format="csr")
+    by_word = _tally(hashed & np.uint64(n_words - 1), ends, width=n_words)
+    by_pair = _tally(pairs & np.uint64(n_pairs - 1), pair_ends, width=n_pairs)
+    by_char = _tally(flat, ends, width=len(vocabulary)) @ chars
+    counts = hstack([by_word, by_pair, by_char], format="csr")
     counts.sort_indices()
+    return counts
+
+
+def _tally(
+    columns: Integer[np.ndarray, " entries"], ends: Integer[np.ndarray, " rows"], *, width: int
+) -> Any:
+    """How often each column occurs between one end and the next, as CSR."""
+    from scipy.sparse import csr_array
+
+    ones = np.ones(len(columns), np.float32)
+    # Copies, because sum_duplicates works in place.
+    entries = (ones, columns.astype(np.int64), ends.copy())
+    counts = csr_array(entries, shape=(len(ends) - 1, width))
+    counts.sum_duplicates()
     return counts
 
 
@@ -271,18 +290,18 @@ def _word_features(words: list[str], settings: LsaSettings) -> tuple[np.ndarray,
     return np.array(hashes, np.uint64), csr_array(vectorizer.transform(words))
 
 
-def _weigh(counts: Any, idf: Float32[np.ndarray, " features"], settings: LsaSettings) -> Any:
-    """Sublinear tf times idf times the weight of the kind of feature."""
-    n_words, n_pairs, n_chars = settings.widths
-    kinds = np.concatenate(
-        [
-            np.ones(n_words, np.float32),
-            np.full(n_pairs, settings.pair_weight, np.float32),
-            np.full(n_chars, settings.char_weight, np.float32),
-        ]
-    )
+def _weights(
+    idf: Float32[np.ndarray, " features"], settings: LsaSettings
+) -> Float32[np.ndarray, " features"]:
+    """The idf of each feature times the weight of its kind."""
+    kinds = (1.0, settings.pair_weight, settings.char_weight)
+    return idf * np.repeat(np.array(kinds, np.float32), settings.widths)
+
+
+def _weigh(counts: Any, weights: Float32[np.ndarray, " features"]) -> Any:
+    """Counts to (1 + log count) times weight: the tenth occurrence says less than the first."""
     weighted = counts.copy()
-    weighted.data = (1 + np.log(counts.data)) * (idf * kinds)[counts.indices]
+    weighted.data = (1 + np.log(counts.data)) * weights[counts.indices]
     return weighted
 
 

@@ -5,6 +5,8 @@ Memory³, arXiv 2407.01178, §3.6 equation 6.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Integer
 
@@ -41,7 +43,12 @@ def exceeds(
 
 def most_allowed(length: int, limit: float) -> int:
     """The largest N with ``N / length <= limit``, in the arithmetic of ``overlap`` itself."""
-    return max((n for n in range(length + 1) if n / length <= limit), default=-1) if length else 0
+    if not length:
+        return 0
+    most = max(-1, min(length, math.floor(limit * length) + 1))
+    while most >= 0 and most / length > limit:
+        most -= 1
+    return most
 
 
 def _contains(text: np.ndarray, reference: np.ndarray) -> bool:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlab.data.overlap import exceeds, overlap
+from jaxlab.data.overlap import exceeds, most_allowed, overlap
 from jaxlab.data.references import References, first_allowed
 
 
@@ -57,11 +57,26 @@ def test_exceeds_is_overlap_compared_with_the_limit(text, reference, limit):
     assert exceeds(array(text), array(reference), limit=limit) == expected
 
 
+def test_the_most_allowed_is_found_in_the_arithmetic_of_the_comparison():
+    limits = [0.29, 0.58, 0.9, 2 / 3, 0.0, 1.0, 1.5, *(n / 100 for n in range(100))]
+    for length in (1, 3, 100, 128):
+        for limit in limits:
+            allowed = [n for n in range(length + 1) if n / length <= limit]
+            assert most_allowed(length, limit) == allowed[-1]
+    assert (most_allowed(0, 0.9), most_allowed(5, -1.0)) == (0, -1)
+
+
+def test_bytes_that_agree_across_token_borders_are_not_the_reference():
+    assert not exceeds(array([0x10000, 0]), array([0x100]), limit=0.5)
+    assert exceeds(array([0x10000, 0, 0x100]), array([0x100]), limit=0.5)
+
+
 def test_overlap_by_hand():
     reference = array([1, 2, 3, 4])
     assert overlap(array([9, 1, 2, 3, 4, 9]), reference) == 1.0
     assert overlap(array([1, 9, 9, 2, 3, 9, 9, 9, 4]), reference) == 1.0  # 8 = 2 |r| apart
     assert overlap(array([1, 9, 9, 2, 3, 9, 9, 9, 9, 4]), reference) == 0.75  # 9 apart
+    assert overlap(array([4, 1, 9, 9, 2, 3, 9, 9, 9, 4]), reference) == 1.0  # one window later
     assert overlap(array([4, 3, 2, 1]), reference) == 0.25
     assert overlap(array([7, 8]), reference) == 0.0
     assert overlap(array([]), reference) == overlap(reference, array([])) == 0.0

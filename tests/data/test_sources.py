@@ -27,9 +27,19 @@ def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path):
     assert load_documents(str(tmp_path)) == expected
 
 
+def in_two_frames(compress):
+    """What appending to a compressed file gives."""
+    return lambda data: compress(data[:100]) + compress(data[100:])
+
+
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)],
+    [
+        ("", bytes),
+        (".gz", in_two_frames(gzip.compress)),
+        (".xz", in_two_frames(lzma.compress)),
+        (".zst", in_two_frames(zstandard.compress)),
+    ],
 )
 def test_compression_does_not_change_the_documents(tmp_path, suffix, compress):
     records = [{"id": str(i), "text": f"text é {i}\n"} for i in range(50)]

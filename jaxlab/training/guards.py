@@ -1,0 +1,59 @@
+"""Guards around the loop: a polite stop on signals, and numbers that must be finite."""
+
+import math
+import signal
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+from jaxlab.errors import JaxlabError
+
+
+class NotFiniteError(JaxlabError):
+    """A loss or a gradient norm is NaN or infinite: the run has diverged."""
+
+
+class InterruptGuard:
+    """Turns SIGINT and SIGTERM into a flag, so that the loop stops between steps and saves.
+
+    >>> with InterruptGuard() as guard:
+    ...     while not guard.requested:
+    ...         break
+
+    A second SIGINT raises KeyboardInterrupt. The former handlers come back on leaving. Signals can
+    only be caught in the main thread; elsewhere the guard never asks to stop.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "InterruptGuard":
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread
+            self._former.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def check_finite(metrics: Mapping[str, Any], step: int) -> None:
+    """Raise NotFiniteError naming the first metric of ``step`` that is NaN or infinite."""
+    for name, value in metrics.items():
+        if isinstance(value, str | int) or value is None:
+            continue
+        if not math.isfinite(value):  # NumPy and JAX scalars count as well
+            raise NotFiniteError(
+                f"{name} is {value} at step {step}: training has diverged; resume from the last "
+                "checkpoint with a lower learning_rate, a longer warmup or a smaller clip_norm"
+            )

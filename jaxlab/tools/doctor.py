@@ -55,7 +55,7 @@ def doctor() -> list[str]:
     for package, (use, extra) in OPTIONAL.items():
         version = _version(package)
         found = f"{package} {version}: {use}"
-        absent = f"missing {package} (optional: {use}): pip install 'jaxlab[{extra}]'"
+        absent = f"missing {package} (optional: {use}): pip install -e '.[{extra}]'"
         lines.append(found if version else absent)
     return lines
 

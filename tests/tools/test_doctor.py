@@ -17,7 +17,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(monkeypatch):
     lines = doctor()
     assert "missing flax: pip install flax" in lines
     [line] = [line for line in lines if line.startswith("missing lm-eval")]
-    assert line.endswith("pip install 'jaxlab[eval]'")
+    assert line.endswith("pip install -e '.[eval]'")
 
 
 def test_devices_that_cannot_be_used_are_reported(monkeypatch):

@@ -89,6 +89,13 @@ def test_every_epoch_of_a_source_holds_each_sample_once_in_a_new_order():
         assert len({tuple(epoch) for epoch in epochs}) > len(epochs) // 2
 
 
+def test_each_source_has_an_order_of_its_own():
+    alike = [TextSamples(text_rows(7)), TextSamples(text_rows(7, first=100))]
+    stream = training_iterator(alike, [0.5, 0.5], batch_size=14, seed=3)
+    seen = [n for batch in names(stream, 1) for n in batch]
+    assert [n for n in seen if n < 100] != [n - 100 for n in seen if n >= 100]
+
+
 def test_sources_are_mixed_by_their_weights():
     seen = [n for batch in names(iterator(), 20) for n in batch]
     assert sum(n < 100 for n in seen) == 60
@@ -148,8 +155,9 @@ def test_what_cannot_be_iterated_is_an_error(references):
         ([plain], [float("inf")], {}, "finite"),
         ([plain, empty], [1.0, 1.0], {}, "source 1 holds no samples"),
         ([plain, with_references], [1.0, 1.0], {}, "must be alike"),
+        ([plain], [1.0], {"seed": -1}, "seed is -1"),
         ([plain], [1.0], {"process_count": 3}, "batch_size 4 does not divide among 3"),
         ([plain], [1.0], {"process_index": 2, "process_count": 2}, "process_index is 2 of 2"),
     ):
         with pytest.raises(DataError, match=message):
-            training_iterator(sources, weights, batch_size=4, seed=0, **more)
+            training_iterator(sources, weights, **{"batch_size": 4, "seed": 0} | more)

@@ -72,7 +72,7 @@ def run(decoder: Decoder, tokens, *, grid=None, start=0, **arrays):
 @functools.partial(jax.jit, static_argnames=("graphdef", "memory"))
 def _write(graphdef, params, tokens, lengths, *, memory):
     decoder = nnx.merge(graphdef, params)
-    preface = encode_preface(decoder, PREFACE)
+    preface = encode_preface(decoder, jnp.asarray(PREFACE))
     return preface, encode_references(decoder, tokens, lengths, preface=preface, memory=memory)
 
 

@@ -1,0 +1,95 @@
+"""Next-token cross-entropy without ever holding all logits.
+
+The vocabulary is the widest axis of the model: logits of a whole batch would be its largest array by
+far. The loss walks over blocks of positions and takes the gradient of each block where its logits
+are at hand, so the backward pass neither stores nor recomputes them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Logits of one block: 16 M numbers, 64 MiB in float32.
+BLOCK_LOGITS = 1 << 24
+
+
+def _block_length(batch: int, length: int, vocab: int) -> int:
+    """The largest divisor of ``length`` whose block of logits stays within ``BLOCK_LOGITS``."""
+    allowed = max(1, BLOCK_LOGITS // (batch * vocab))
+    return max(n for n in range(1, length + 1) if length % n == 0 and n <= max(allowed, 1))
+
+
+def _blocks(x: Array, block: int) -> Array:
+    batch, length = x.shape[:2]
+    return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _log_probabilities(hidden, weights, targets):
+    logits = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return logits, normaliser, target - normaliser
+
+
+def token_log_probabilities(
+    hidden: Float[Array, "B T D"], weights: Float[Array, "D V"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Natural logarithm of the probability of each target, in float32."""
+    batch, length = targets.shape
+    weights = weights.astype(hidden.dtype)
+    block = _block_length(batch, length, weights.shape[1])
+
+    def one(args):
+        return _log_probabilities(args[0], weights, args[1])[2]
+
+    out = jax.lax.map(one, (_blocks(hidden, block), _blocks(targets, block)))
+    return out.swapaxes(0, 1).reshape(batch, length)
+
+
+@jax.custom_vjp
+def cross_entropy_sum(
+    hidden: Float[Array, "B T D"],
+    weights: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """Sum over positions of mask * (-log p(target)), in nats; float32 softmax and sum."""
+    return -jnp.sum(token_log_probabilities(hidden, weights, targets) * mask)
+
+
+def _forward(hidden, weights, targets, mask):
+    batch, length = targets.shape
+    block = _block_length(batch, length, weights.shape[1])
+    cast = weights.astype(hidden.dtype)
+
+    def one(carry, args):
+        loss, weights_gradient = carry
+        rows, wanted, share = args
+        logits, normaliser, log_probability = _log_probabilities(rows, cast, wanted)
+        probabilities = jnp.exp(logits - normaliser[..., None])
+        hot = jax.nn.one_hot(wanted, logits.shape[-1], dtype=jnp.float32)
+        slope = ((probabilities - hot) * share[..., None]).astype(rows.dtype)
+        weights_gradient += jnp.einsum(
+            "btd,btv->dv", rows, slope, preferred_element_type=jnp.float32
+        )
+        rows_gradient = jnp.einsum("btv,dv->btd", slope, cast)
+        return (loss - jnp.sum(log_probability * share), weights_gradient), rows_gradient
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(weights.shape, jnp.float32))
+    args = tuple(_blocks(x, block) for x in (hidden, targets, mask))
+    (loss, weights_gradient), rows_gradient = jax.lax.scan(one, start, args)
+    hidden_gradient = rows_gradient.swapaxes(0, 1).reshape(hidden.shape)
+    return loss, (hidden_gradient, weights_gradient.astype(weights.dtype))
+
+
+def _backward(gradients, scale):
+    hidden_gradient, weights_gradient = gradients
+    return (
+        hidden_gradient * scale.astype(hidden_gradient.dtype),
+        weights_gradient * scale.astype(weights_gradient.dtype),
+        None,
+        None,
+    )
+
+
+cross_entropy_sum.defvjp(_forward, _backward)

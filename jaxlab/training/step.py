@@ -1,0 +1,123 @@
+"""The training step: a pure function of state and batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxlab.config import MemoryConfig
+from jaxlab.memory.write import as_slots, encode_references
+from jaxlab.models.decoder import Decoder, context_start, encode_preface
+from jaxlab.training.losses import cross_entropy_sum, token_log_probabilities
+from jaxlab.training.state import TrainState
+from kernels_pallas.memory_attention import ChunkGrid
+
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceFormat:
+    """How a row of text becomes the model's input.
+
+    Plain (``memory=None``): ``<s>`` and the text, positions from 0. With memory: the layout of
+    inference, preface, references in parallel, ``<s>``, text (Memory³ §3.2); the references of the
+    batch are encoded in the step and gradients flow through them (§3.6).
+    """
+
+    bos_id: int
+    preface_ids: tuple[int, ...] = ()
+    memory: MemoryConfig | None = None
+
+    def inputs(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """``<s>`` followed by all tokens but the last: position i predicts token i."""
+        first = jnp.full_like(tokens[:, :1], self.bos_id)
+        return jnp.concatenate([first, tokens[:, :-1]], axis=1)
+
+    def hidden(self, decoder: Decoder, batch: Batch) -> Float[Array, "B T D"]:
+        """Final hidden states at the positions that predict ``batch["tokens"]``."""
+        inputs = self.inputs(batch["tokens"])
+        if self.memory is None:
+            return decoder(inputs)[0]
+        count, chunks, width = batch["references"].shape
+        preface = encode_preface(decoder, jnp.asarray(self.preface_ids, jnp.int32))
+        memories = encode_references(
+            decoder,
+            batch["references"].reshape(count * chunks, width),
+            batch["reference_lengths"].reshape(count * chunks),
+            preface=preface,
+            memory=self.memory,
+        )
+        return decoder(
+            inputs,
+            preface=preface,
+            slots=as_slots(memories, batch=count),
+            grid=ChunkGrid(length=self.memory.chunk_length, band=self.memory.references_per_chunk),
+            start=context_start(preface.length, self.memory.reference_length),
+        )[0]
+
+
+def _loss_sum(params, graphdef, form: SequenceFormat, batch: Batch) -> Float[Array, ""]:
+    decoder = nnx.merge(graphdef, params)
+    hidden = form.hidden(decoder, batch)
+    return cross_entropy_sum(hidden, decoder.unembedding(), batch["tokens"], batch["loss_mask"])
+
+
+def _gradients(
+    params: PyTree, graphdef: Any, form: SequenceFormat, batch: Batch, accumulation: int
+) -> tuple[Float[Array, ""], PyTree]:
+    """Sum of the loss and of its gradients over micro-batches."""
+    gradient_of = jax.value_and_grad(_loss_sum)
+    if accumulation == 1:
+        return gradient_of(params, graphdef, form, batch)
+    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient_of(params, graphdef, form, part)), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    graphdef: Any,
+    form: SequenceFormat,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on one batch; the loss is the mean over the tokens that count."""
+    total, gradients = _gradients(state.params, graphdef, form, batch, accumulation)
+    weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics = {"loss": total / weight, "grad_norm": optax.tree.norm(gradients)}
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """:func:`train_step` with its fixed parts bound, compiled; the state's buffers are reused."""
+
+    def step(state, batch):
+        return train_step(state, batch, **parts)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def compile_score(graphdef: Any, form: SequenceFormat) -> Callable[[PyTree, Batch], Array]:
+    """Compiled function of parameters and batch: log-probability of each token (B, T), in nats."""
+
+    def score(params, batch):
+        decoder = nnx.merge(graphdef, params)
+        hidden = form.hidden(decoder, batch)
+        return token_log_probabilities(hidden, decoder.unembedding(), batch["tokens"])
+
+    return jax.jit(score)

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Logits of one block: 16 M numbers, 64 MiB in float32.
-BLOCK_LOGITS = 1 << 24
+# Logits of one block: a million numbers stay in a CPU's cache; with a wide vocabulary at least this
+# many positions, so that the matrix products stay large.
+BLOCK_LOGITS = 1 << 20
+BLOCK_POSITIONS = 256
 
 
 def _block_length(batch: int, length: int, vocab: int) -> int:
-    """The largest divisor of ``length`` whose block of logits stays within ``BLOCK_LOGITS``."""
-    allowed = max(1, BLOCK_LOGITS // (batch * vocab))
+    """Positions of each sequence in one block: the largest divisor of ``length`` that is allowed."""
+    allowed = max(BLOCK_LOGITS // vocab, BLOCK_POSITIONS) // batch
     return max(n for n in range(1, length + 1) if length % n == 0 and n <= max(allowed, 1))
 
 

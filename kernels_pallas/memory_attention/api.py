@@ -3,10 +3,11 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_attention import reference
+from kernels_pallas.memory_attention import blocked, reference
 from kernels_pallas.memory_attention.reference import ChunkGrid
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation("blocked", blocked.memory_attention, blocked.unsupported),
     dispatch.Implementation("xla", reference.memory_attention, dispatch.always_supported),
 )
 

@@ -1,0 +1,341 @@
+"""The training loop: one function, in the order that makes a resumed run equal to an unbroken one."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlab.config import ExperimentConfig, StageConfig, identity_hash, save_yaml, to_dict
+from jaxlab.data.pipeline import TextSamples, training_iterator
+from jaxlab.errors import CheckpointError
+from jaxlab.models.decoder import abstract_decoder, initial_parameters
+from jaxlab.optim.factory import make_optimizer
+from jaxlab.optim.schedules import make_schedule
+from jaxlab.training.checkpoint import Checkpoints, read_weights
+from jaxlab.training.corpus import (
+    Corpus,
+    Neighbourhood,
+    prepare_corpus,
+    prepare_neighbourhood,
+    stage_sources,
+)
+from jaxlab.training.guards import InterruptGuard, check_finite
+from jaxlab.training.metrics import (
+    Goodput,
+    MetricsWriter,
+    ProgressBar,
+    model_flops_utilization,
+    train_flops_per_token,
+)
+from jaxlab.training.state import TrainState, start_state
+from jaxlab.training.step import SequenceFormat, compile_score, compile_train_step
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of :func:`train` ended."""
+
+    step: int
+    stage: str
+    interrupted: bool
+    validation_loss: float | None
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    config: ExperimentConfig
+    corpus: Corpus
+    neighbourhood: Neighbourhood | None
+    graphdef: Any
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    goodput: Goodput
+    guard: InterruptGuard
+    report: Callable[[str], None]
+    validation_loss: float | None = None
+
+
+def resolve_model(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
+    """The configuration with the vocabulary of its tokenizer, if it names none itself."""
+    if config.model.vocab_size:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def train(
+    config: ExperimentConfig, run: str | Path, *, report: Callable[[str], None] = print
+) -> TrainResult:
+    """Run the stages of ``config`` in the directory ``run``; goes on where a former call stopped.
+
+    Raises JaxlabError for a corpus, tokenizer or checkpoint that cannot be used, before or after
+    any step, never in the middle of a save.
+    """
+    run = Path(run)
+    goodput = Goodput()
+    with goodput.measure("init"):
+        checkpoints = Checkpoints(
+            run,
+            keep=config.training.keep,
+            config_hash=identity_hash(config),
+            config=to_dict(config),
+            warn=report,
+        )
+        corpus = prepare_corpus(config, run, report=report)
+        config = resolve_model(config, corpus.tokenizer.vocab_size)
+        save_yaml(config, run / CONFIG_FILE)
+        neighbourhood = None
+        reads = any(stage.memory for stage in config.stages.named().values())
+        if reads and config.data.facts_fraction < 1:
+            neighbourhood = prepare_neighbourhood(config, corpus, report=report)
+        graphdef, _ = abstract_decoder(config.model)
+    with MetricsWriter(run) as metrics, InterruptGuard() as guard:
+        shared = _Run(
+            config, corpus, neighbourhood, graphdef, checkpoints, metrics, goodput, guard, report
+        )
+        return _run_stages(shared)
+
+
+def _run_stages(run: _Run) -> TrainResult:
+    stages = run.config.stages.named()
+    names = list(stages)
+    state, position = _start(run, stages)
+    if position["step"]:
+        run.report(f"resuming at step {position['step']} ({position['stage']})")
+    run.metrics.truncate(position["step"])
+    offset = 0
+    for number, name in enumerate(names):
+        stage, total = stages[name], offset + stages[name].steps
+        if number > names.index(position["stage"]):
+            state = start_state(
+                state.params, make_optimizer(run.config.optimizer, stage), seed=run.config.seed
+            )
+            position = {"stage": name, "step": offset, "data": None}
+        if name == position["stage"] and position["step"] < total:
+            state, interrupted = run_stage(run, name, stage, state, position, offset=offset)
+            if interrupted:
+                step = offset + int(state.step)
+                return TrainResult(step, name, True, run.validation_loss)
+        offset = total
+    return TrainResult(offset, names[-1], False, run.validation_loss)
+
+
+def _start(run: _Run, stages: dict[str, StageConfig]) -> tuple[TrainState, dict[str, Any]]:
+    """State and position from the newest checkpoint, else from ``init_from``, else new."""
+    config, first = run.config, next(iter(stages))
+    template = _template(run, stages[first])
+    if run.checkpoints.latest() is not None:
+        state, position = run.checkpoints.restore(template)
+        return state, position
+    if config.init_from is not None:
+        weights = read_weights(config.init_from, {"params": template.params}, warn=run.report)
+        params = weights["params"]
+    else:
+        params = initial_parameters(config.model, config.seed)
+    state = start_state(params, make_optimizer(config.optimizer, stages[first]), seed=config.seed)
+    return state, {"stage": first, "step": 0, "data": None}
+
+
+def _template(run: _Run, stage: StageConfig) -> TrainState:
+    """Shapes of the state; the same in every stage, which all use one optimizer."""
+    _, params = abstract_decoder(run.config.model)
+    optimizer = make_optimizer(run.config.optimizer, stage)
+    return jax.eval_shape(lambda p: start_state(p, optimizer, seed=run.config.seed), params)
+
+
+def sequence_format(config: ExperimentConfig, corpus_tokenizer, *, memory: bool) -> SequenceFormat:
+    """How rows are read in a stage."""
+    if not memory:
+        return SequenceFormat(bos_id=corpus_tokenizer.bos_id)
+    return SequenceFormat(
+        bos_id=corpus_tokenizer.bos_id,
+        preface_ids=corpus_tokenizer.preface_ids,
+        memory=config.memory,
+    )
+
+
+def run_stage(
+    run: _Run,
+    name: str,
+    stage: StageConfig,
+    state: TrainState,
+    position: dict[str, Any],
+    *,
+    offset: int,
+) -> tuple[TrainState, bool]:
+    """The loop of one stage. Returns the state and whether it was interrupted.
+
+    The order is what makes resuming exact; do not change it: evaluate the current parameters, save
+    state and data position together, take the next batch, dispatch the step, and only then fetch
+    the numbers of the step before, so that the device never waits for the host.
+    """
+    config, training, goodput = run.config, run.config.training, run.goodput
+    form = sequence_format(config, run.corpus.tokenizer, memory=stage.memory)
+    optimizer = make_optimizer(config.optimizer, stage)
+    step_function = compile_train_step(
+        graphdef=run.graphdef, form=form, optimizer=optimizer, accumulation=stage.accumulation
+    )
+    batches = _batches(run, name, stage)
+    if position["data"] is not None:
+        batches.set_state(position["data"])
+    evaluate = _Evaluator(run, form, stage)
+    record = _Recorder(run, name, stage, offset)
+    first = done = int(state.step)
+    pending = None
+    # Copies between host and device are explicit below; any other is a mistake.
+    with (
+        ProgressBar(name, stage.steps, every=training.log_every, start=done) as bar,
+        jax.transfer_guard("disallow"),
+    ):
+        while True:
+            last = done == stage.steps
+            stop = run.guard.requested
+            if done > first and (last or _due(done, training.evaluate_every)):
+                with goodput.measure("evaluate"):
+                    run.validation_loss = evaluate(state.params)
+                record.evaluation(offset + done, run.validation_loss)
+            if done > first and (last or stop or _due(done, training.save_every)):
+                pending = record.step(pending, bar)
+                with goodput.measure("save"):
+                    place = {"stage": name, "step": offset + done, "data": batches.get_state()}
+                    run.checkpoints.save(
+                        offset + done, state, place, label=name if last else None
+                    )
+            if last or stop:
+                record.step(pending, bar)
+                return state, stop and not last
+            with goodput.measure("data"):
+                batch = jax.device_put(next(batches))
+            with goodput.measure("compile" if done == first else "step"):
+                state, numbers = step_function(state, batch)
+                if done == first:
+                    jax.block_until_ready(numbers)
+                done += 1
+                pending = record.step(pending, bar, then=(done, numbers))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _batches(run: _Run, name: str, stage: StageConfig):
+    sources, weights = stage_sources(
+        run.config, run.corpus, memory=stage.memory, neighbourhood=run.neighbourhood
+    )
+    order = run.config.seed * 1000 + list(run.config.stages.named()).index(name)
+    return training_iterator(sources, weights, batch_size=stage.batch_size, seed=order)
+
+
+class _Evaluator:
+    """Mean validation loss in nats a token, in the format of the stage."""
+
+    def __init__(self, run: _Run, form: SequenceFormat, stage: StageConfig):
+        self._score = compile_score(run.graphdef, form)
+        rows, memory = run.corpus.validation_rows, run.config.memory
+        samples = TextSamples(rows)
+        if stage.memory and run.neighbourhood is not None:
+            samples = TextSamples(
+                rows,
+                run.neighbourhood.references,
+                run.neighbourhood.validation,
+                chunk_length=memory.chunk_length,
+                retrieval_lag=memory.retrieval_lag,
+            )
+        elif stage.memory:
+            samples = None  # trained on facts alone: there is no text to evaluate with memory
+        self._samples = samples
+        self._batch = stage.batch_size // stage.accumulation
+        self._count = min(run.config.training.evaluate_rows, len(rows))
+
+    def __call__(self, params) -> float | None:
+        if self._samples is None:
+            return None
+        total = weight = 0.0
+        # Rows spread over all documents, always the same ones.
+        chosen = np.linspace(0, len(self._samples) - 1, self._count).astype(int)
+        for start in range(0, self._count, self._batch):
+            part = [self._samples[i] for i in chosen[start : start + self._batch]]
+            blank = self._batch - len(part)
+            part += [{**part[0], "loss_mask": np.zeros_like(part[0]["loss_mask"])}] * blank
+            batch = {key: np.stack([sample[key] for sample in part]) for key in part[0]}
+            scores = jax.device_get(self._score(params, jax.device_put(batch)))
+            total -= float((scores * batch["loss_mask"]).sum())
+            weight += float(batch["loss_mask"].sum())
+        return total / max(weight, 1.0)
+
+
+class _Recorder:
+    """Fetches the numbers of a step once the next one is on its way, and writes them down."""
+
+    def __init__(self, run: _Run, name: str, stage: StageConfig, offset: int):
+        self._run, self._name, self._stage, self._offset = run, name, stage, offset
+        config = run.config
+        self._tokens = stage.batch_size * config.data.sequence_length
+        self._flops = train_flops_per_token(
+            config.model,
+            vocab_size=config.model.vocab_size,
+            sequence_length=config.data.sequence_length,
+        )
+        self._schedule = make_schedule(stage)
+        self._mark = None
+
+    def step(self, pending, bar: ProgressBar, *, then=None):
+        """Write the pending numbers; returns ``then``, the numbers that are pending now."""
+        if pending is not None:
+            done, numbers = pending
+            numbers = {key: float(value) for key, value in jax.device_get(numbers).items()}
+            check_finite(numbers, self._offset + done)
+            now = time.perf_counter()
+            # The first step of a call is compilation; it has no speed.
+            speed = None if self._mark is None else self._tokens / (now - self._mark)
+            self._mark = now
+            self._write(done, numbers, speed, bar)
+        return then
+
+    def _write(self, done: int, numbers: dict[str, float], speed: float | None, bar) -> None:
+        run = self._run
+        mfu = None
+        if speed is not None:
+            mfu = model_flops_utilization(
+                speed,
+                self._flops,
+                peak_flops=run.config.training.peak_flops,
+                devices=jax.device_count(),
+            )
+        with jax.transfer_guard("allow"):
+            rate = float(self._schedule(jnp.asarray(done - 1)))
+        extra = {"learning_rate": rate, "tokens_per_second": speed, "mfu": mfu}
+        extra["goodput"] = run.goodput.share()
+        run.metrics.write(self._offset + done, {**numbers, **extra}, stage=self._name)
+        bar.update(done, loss=numbers["loss"])
+
+    def evaluation(self, step: int, loss: float | None) -> None:
+        """Write a validation loss."""
+        if loss is not None:
+            self._run.metrics.write(step, {"validation_loss": loss}, stage=self._name)
+            self._run.report(f"{self._name} step {step}: validation loss {loss:.4f} nats a token")
+
+
+def load_run(run: str | Path) -> ExperimentConfig:
+    """The resolved configuration of a run directory. Raises CheckpointError."""
+    from jaxlab.config import load_config
+
+    path = Path(run) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
+    return load_config(path)
+
+
+def goodput_summary(goodput: Goodput) -> str:
+    """Seconds by activity as one line of JSON."""
+    return json.dumps({key: round(value, 2) for key, value in goodput.seconds().items()})

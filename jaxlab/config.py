@@ -31,6 +31,7 @@ __all__ = [
     "TrainingConfig",
     "config_hash",
     "differences",
+    "identity",
     "identity_hash",
     "load_config",
     "save_yaml",
@@ -342,10 +343,15 @@ def config_hash(config: Any) -> str:
     return _digest(to_dict(config))
 
 
-def identity_hash(config: ExperimentConfig) -> str:
-    """Hash of what decides a run's numbers: all but its name and how often it reports and saves."""
+def identity(config: ExperimentConfig) -> dict[str, Any]:
+    """What decides a run's numbers: all but its name and how often it reports and saves."""
     values = to_dict(config)
-    return _digest({key: values[key] for key in values if key not in ("name", "training")})
+    return {key: values[key] for key in values if key not in ("name", "training")}
+
+
+def identity_hash(config: ExperimentConfig) -> str:
+    """SHA-256 of the canonical JSON of ``identity(config)``."""
+    return _digest(identity(config))
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

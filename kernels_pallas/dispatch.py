@@ -55,4 +55,6 @@ def choose(
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
         log.info("%s passes over %s", op, reasons[-1])
-    raise NotImplementedError(f"{op}: no implementation takes these arguments: " + "; ".join(reasons))
+    raise NotImplementedError(
+        f"{op}: no implementation takes these arguments: " + "; ".join(reasons)
+    )

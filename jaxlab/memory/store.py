@@ -42,7 +42,7 @@ from jaxlab.memory.objects import (
 
 __all__ = ["Bank", "BankIdentity", "BankSpec", "Memories", "StoredReference", "VerifyReport"]
 
-_HEADER = "header.json"
+HEADER_FILE = "header.json"
 _EMBEDDER = f"embedder/{STATE_FILE}"
 
 
@@ -109,7 +109,7 @@ class Bank:
         """
         url = os.fspath(url)
         kvstore = open_kvstore(url, context)
-        found = read_object(kvstore, _HEADER, url)
+        found = read_object(kvstore, HEADER_FILE, url)
         if found.state != "missing":
             raise BankError(f"there is a bank at {url} already; open it, or choose another place")
         header = Header(spec=spec)
@@ -136,7 +136,7 @@ class Bank:
         """
         url = os.fspath(url)
         kvstore = open_kvstore(url, context)
-        found = read_object(kvstore, _HEADER, url)
+        found = read_object(kvstore, HEADER_FILE, url)
         if found.state == "missing":
             raise BankError(
                 f"no memory bank at {url}: header.json is missing; check the path, or write a bank"
@@ -343,7 +343,7 @@ class Bank:
     def _require_writable(self) -> None:
         if self._generation is None:
             raise BankError(f"bank {self.url} is not open for writing; open it with write=True")
-        if read_object(self._kvstore, _HEADER, self.url).stamp.generation != self._generation:
+        if read_object(self._kvstore, HEADER_FILE, self.url).stamp.generation != self._generation:
             raise self._changed()
 
     def _changed(self) -> BankError:
@@ -355,7 +355,7 @@ class Bank:
         """Replace the header if it is still the one this bank knows."""
         expected, self._generation = self._generation, None  # until the outcome is certain
         stamp = write_object(
-            self._kvstore, _HEADER, header.to_bytes(), url=self.url, if_equal=expected
+            self._kvstore, HEADER_FILE, header.to_bytes(), url=self.url, if_equal=expected
         )
         if not stamp.generation:
             raise self._changed()

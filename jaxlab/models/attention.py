@@ -106,9 +106,7 @@ class Attention(nnx.Module):
         return jnp.einsum("btnh,nhd->btd", out, self.output[...].astype(out.dtype))
 
 
-def write_into(
-    cache: KeyValues, new: KeyValues, start: Int[Array, " B"]
-) -> KeyValues:
+def write_into(cache: KeyValues, new: KeyValues, start: Int[Array, " B"]) -> KeyValues:
     """Write the keys and values of this call into each sequence's cache from its own ``start``."""
 
     def one(buffer, rows, at):

@@ -190,9 +190,7 @@ def context_start(preface_length: int, reference_length: int) -> int:
 def encode_preface(decoder: Decoder, preface_ids: Int[Array, " P"]) -> Prefix:
     """Keys and values of ``<s>Reference:`` in every layer (nothing stands before it)."""
     _, cache = decoder(preface_ids[None])
-    return Prefix(
-        tuple(KeyValues(part.keys[:, 0], part.values[:, 0]) for part in cache.layers)
-    )
+    return Prefix(tuple(KeyValues(part.keys[:, 0], part.values[:, 0]) for part in cache.layers))
 
 
 def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:

@@ -23,7 +23,9 @@ class RMSNorm(nnx.Module):
         stacked = layers is not None
         shape = (layers, width) if stacked else (width,)
         axes = ("layers", None) if stacked else (None,)
-        self.scale = nnx.Param(jnp.ones(shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+        self.scale = nnx.Param(
+            jnp.ones(shape, jnp.float32), out_sharding=axes, eager_sharding=False
+        )
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -63,9 +63,7 @@ def prepare_corpus(config: ExperimentConfig, run: Path, *, report: Callable[[str
     tokenizer = _tokenizer(config, folder, training, report=report)
     length = config.data.sequence_length
     encoded = tokenizer.encode_batch([document.text for document in training])
-    rows = pack(
-        encoded, sequence_length=length, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
+    rows = pack(encoded, sequence_length=length, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     held_out = tokenizer.encode_batch([document.text for document in validation])
     validation_rows = pack_by_document(held_out, sequence_length=length, pad_id=tokenizer.pad_id)
     report(
@@ -94,9 +92,7 @@ def prepare_neighbourhood(
         documents = corpus.training_documents
         if config.data.references is not None:
             documents = load_documents(config.data.references)
-        references = References.build(
-            documents, corpus.tokenizer, length=memory.reference_length
-        )
+        references = References.build(documents, corpus.tokenizer, length=memory.reference_length)
         references.save(path)
     settings = {
         "embedder": memory.embedder,

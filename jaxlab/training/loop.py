@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.config import ExperimentConfig, StageConfig, identity_hash, save_yaml, to_dict
+from jaxlab.config import ExperimentConfig, StageConfig, identity, identity_hash, save_yaml
 from jaxlab.data.pipeline import TextSamples, training_iterator
 from jaxlab.errors import CheckpointError
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
@@ -88,7 +88,7 @@ def train(
             run,
             keep=config.training.keep,
             config_hash=identity_hash(config),
-            config=to_dict(config),
+            config=identity(config),
             warn=report,
         )
         corpus = prepare_corpus(config, run, report=report)
@@ -208,9 +208,7 @@ def run_stage(
                 pending = record.step(pending, bar)
                 with goodput.measure("save"):
                     place = {"stage": name, "step": offset + done, "data": batches.get_state()}
-                    run.checkpoints.save(
-                        offset + done, state, place, label=name if last else None
-                    )
+                    run.checkpoints.save(offset + done, state, place, label=name if last else None)
             if last or stop:
                 record.step(pending, bar)
                 return state, stop and not last

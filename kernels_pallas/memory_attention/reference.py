@@ -82,9 +82,9 @@ def memory_attention(
     mask = jnp.concatenate([*masks, causal], axis=-1)
 
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum(
-        "btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32
-    ) * (head_dim**-0.5)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32) * (
+        head_dim**-0.5
+    )
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, values)

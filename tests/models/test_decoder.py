@@ -78,7 +78,10 @@ def test_a_model_without_valid_slots_is_the_preface_only_model():
 def test_order_of_memories_and_of_their_tokens_does_not_matter():
     decoder = tiny_decoder()
     preface, slots = memories_for(decoder, batch=1, chunks=3)
-    flat = Slots(*(part.reshape(*part.shape[:2], 1, -1, 2, 8) for part in slots[:2]), slots.valid.reshape(1, 1, -1))
+    flat = Slots(
+        *(part.reshape(*part.shape[:2], 1, -1, 2, 8) for part in slots[:2]),
+        slots.valid.reshape(1, 1, -1),
+    )
     order = np.random.default_rng(0).permutation(flat.valid.shape[-1])
     permuted = Slots(flat.keys[:, :, :, order], flat.values[:, :, :, order], flat.valid[..., order])
     tokens = random_tokens(1, 1, 9)
@@ -95,9 +98,7 @@ def test_full_selection_equals_plain_causal_attention_over_the_joined_sequence()
     reference = random_tokens(5, 1, 12)
     preface, encoded = write(decoder, reference, jnp.array([12]), memory=memory)
     context = random_tokens(6, 1, 10)
-    read = logits(
-        decoder, context, preface=preface, slots=as_slots(encoded, batch=1), start=START
-    )
+    read = logits(decoder, context, preface=preface, slots=as_slots(encoded, batch=1), start=START)
     joined = jnp.concatenate([PREFACE[None], reference, context], axis=1)
     plain = logits(decoder, joined)[:, -10:]
     np.testing.assert_allclose(read, plain, rtol=0, atol=1e-5)

@@ -1,0 +1,303 @@
+"""The command line: parse, resolve, call one function. Errors for the user are one line, exit 1."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlab.errors import ConfigError, JaxlabError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.call(arguments) or 0
+    except JaxlabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxlab",
+        description="Language models with explicit memory (Memory³): train, write the bank, read it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    source = "installed-docs, a path (folder, .txt, .jsonl[.gz|.xz|.zst]), facts:SEED or tfds:NAME"
+
+    def command(group, name: str, call, text: str) -> argparse.ArgumentParser:
+        added = group.add_parser(name, help=text, description=text)
+        added.set_defaults(call=call)
+        return added
+
+    demo = command(commands, "demo", _demo, "train, write a bank, evaluate and ask: all in minutes")
+    demo.add_argument("--out", required=True, metavar="DIR")
+
+    tokenizer = commands.add_parser("tokenizer", help="tokenizers").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    train_tokenizer = command(tokenizer, "train", _tokenizer_train, "train a sentencepiece model")
+    train_tokenizer.add_argument("--data", required=True, metavar="SRC", help=source)
+    train_tokenizer.add_argument("--vocab", required=True, type=int, metavar="N")
+    train_tokenizer.add_argument("--out", required=True, metavar="FILE")
+
+    train = command(commands, "train", _train, "run a configuration's stages; resumes by itself")
+    train.add_argument("config", metavar="CONFIG")
+    train.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    train.add_argument("--out", required=True, metavar="DIR")
+
+    _memory_commands(commands, command, source)
+
+    generate = command(commands, "generate", _generate, "continue a prompt, reading a bank")
+    generate.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    generate.add_argument("--bank", metavar="BANK")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--cite", action="store_true", help="print the references that were read")
+    generate.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--stop", metavar="TEXT", help="end before this text")
+
+    evaluate = commands.add_parser("eval", help="evaluation").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    perplexity = command(evaluate, "perplexity", _eval_perplexity, "bits per byte of documents")
+    perplexity.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    perplexity.add_argument("--data", required=True, metavar="SRC", help=source)
+    perplexity.add_argument("--bank", metavar="BANK")
+    modes = ("on", "off", "shuffled", "plain")
+    perplexity.add_argument("--memory", required=True, choices=modes)
+    perplexity.add_argument("--lag", type=int, choices=(0, 1), default=1)
+    perplexity.add_argument("--limit-bytes", type=int, metavar="N", help="read so much of SRC")
+    perplexity.add_argument("--json", required=True, metavar="FILE")
+    facts = command(evaluate, "facts", _eval_facts, "recall of facts that only the bank holds")
+    facts.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    facts.add_argument("--seed", required=True, type=int, metavar="N")
+    facts.add_argument("--questions", type=int, default=500, metavar="N")
+    facts.add_argument("--json", required=True, metavar="FILE")
+
+    command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
+    return parser
+
+
+def _memory_commands(commands, command, source: str) -> None:
+    memory = commands.add_parser("memory", help="memory banks").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    write = command(memory, "write", _memory_write, "write references into a bank; resumable")
+    write.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    write.add_argument("--data", required=True, metavar="SRC", help=source)
+    write.add_argument("--limit-bytes", type=int, metavar="N", help="read so much of SRC")
+    search = command(memory, "search", _memory_search, "the references nearest to a text")
+    search.add_argument("--query", required=True, metavar="TEXT")
+    search.add_argument("--top", type=int, default=5, metavar="K")
+    search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
+    stats = command(memory, "stats", _memory_stats, "what a bank holds")
+    verify = command(memory, "verify", _memory_verify, "check every file of a bank")
+    for each in (write, search, stats, verify):
+        each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from jaxlab.workloads.demo import run_demo
+
+    run_demo(Path(arguments.out))
+
+
+def _tokenizer_train(arguments: argparse.Namespace) -> None:
+    from jaxlab.data.sources import load_documents
+    from jaxlab.data.tokenizer import train_tokenizer
+
+    documents = load_documents(arguments.data)
+    texts = [document.text for document in documents]
+    tokenizer = train_tokenizer(texts, vocab_size=arguments.vocab, path=arguments.out)
+    print(f"{arguments.out}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.hash}")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from jaxlab.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    from jaxlab.training.loop import train
+
+    result = train(config, arguments.out)
+    if result.interrupted:
+        again = " ".join(["jaxlab train", arguments.config, *_set_again(arguments.set)])
+        print(
+            f"interrupted: saved at step {result.step} ({result.stage}); "
+            f"resume with: {again} --out {arguments.out}"
+        )
+        return INTERRUPTED
+    print(f"done: step {result.step}, run {arguments.out}")
+    return 0
+
+
+def _set_again(overrides: Sequence[str]) -> list[str]:
+    return ["--set", *overrides] if overrides else []
+
+
+def _memory_write(arguments: argparse.Namespace) -> None:
+    from jaxlab.data.sources import load_documents
+    from jaxlab.memory.pipeline import write_bank
+    from jaxlab.training.load import load_model
+
+    documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
+    written = write_bank(load_model(arguments.run), documents, arguments.bank)
+    print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
+
+
+def _memory_search(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.read import MemoryReader
+    from jaxlab.memory.store import Bank
+
+    model_embed = None
+    if arguments.run is not None:
+        from jaxlab.training.load import load_model
+
+        model_embed = load_model(arguments.run).embed_texts
+    bank = Bank.open(arguments.bank)
+    hits = MemoryReader.open(bank, model_embed=model_embed).search([arguments.query], arguments.top)
+    for row, score in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True):
+        if row >= 0:
+            stored = bank.reference(row)
+            print(f"{score:.4f}  [{row}] {stored.source}: {_one_line(stored.text)}")
+
+
+def _memory_stats(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.store import Bank
+
+    print(json.dumps(Bank.open(arguments.bank).stats(), indent=2))
+
+
+def _memory_verify(arguments: argparse.Namespace) -> int:
+    from jaxlab.memory.store import Bank
+
+    found = Bank.open(arguments.bank).verify()
+    for problem in found.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    state = "whole" if found.ok else "damaged"
+    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references")
+    return 0 if found.ok else 1
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from jaxlab.inference.engine import Engine
+    from jaxlab.inference.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    model, reader = _model_and_reader(arguments)
+    print(arguments.prompt, end="", flush=True)
+    (answer,) = Engine(model, reader).generate(
+        [arguments.prompt],
+        max_tokens=arguments.max_tokens,
+        sampling=sampling,
+        stop=arguments.stop,
+        on_token=lambda _, text: print(text, end="", flush=True),
+    )
+    print()
+    if arguments.cite:
+        print_citations(answer.citations)
+
+
+def print_citations(citations: Sequence[Any]) -> None:
+    """The references read for each chunk, with their scores."""
+    if not citations:
+        print("no reference was read")
+    for cited in citations:
+        print(
+            f"chunk {cited.chunk}  {cited.score:.4f}  [{cited.reference}] {cited.source}: "
+            f"{_one_line(cited.text)}"
+        )
+
+
+def _model_and_reader(arguments: argparse.Namespace):
+    """The model of --run and, with --bank, a reader of that bank."""
+    from jaxlab.training.load import load_model
+
+    model = load_model(arguments.run)
+    if arguments.bank is None:
+        return model, None
+    from jaxlab.memory.read import MemoryReader
+    from jaxlab.memory.store import Bank
+
+    bank = Bank.open(arguments.bank, identity=model.identity)
+    return model, MemoryReader.open(bank, model_embed=model.embed_texts)
+
+
+def _eval_perplexity(arguments: argparse.Namespace) -> None:
+    if arguments.memory in ("on", "shuffled") and arguments.bank is None:
+        raise ConfigError(f"--memory {arguments.memory} needs --bank BANK")
+    from jaxlab.data.sources import load_documents
+    from jaxlab.evaluation.perplexity import score_documents
+
+    documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
+    model, reader = _model_and_reader(arguments)
+    scores = score_documents(
+        model, documents, memory=arguments.memory, lag=arguments.lag, reader=reader
+    )
+    result = {
+        "bpb": scores.bits_per_byte,
+        "bytes": int(scores.bytes.sum()),
+        "documents": len(documents),
+        "lag": arguments.lag,
+        "memory": arguments.memory,
+    }
+    write_json(arguments.json, result)
+    print(json.dumps(result))
+
+
+def _eval_facts(arguments: argparse.Namespace) -> None:
+    from jaxlab.evaluation.facts import evaluate_facts
+    from jaxlab.training.load import load_model
+
+    recall = evaluate_facts(
+        load_model(arguments.run), seed=arguments.seed, questions=arguments.questions
+    )
+    result = dataclasses.asdict(recall)
+    write_json(arguments.json, result)
+    print(json.dumps(result))
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from jaxlab.tools.doctor import doctor
+
+    print("\n".join(doctor()))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a JSON file in one piece, its folder included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _one_line(text: str, width: int = 160) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else f"{flat[: width - 1]}…"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

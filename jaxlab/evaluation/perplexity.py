@@ -1,0 +1,172 @@
+"""Bits per byte of held-out documents: with memory, without, and with the memories exchanged.
+
+At lag 1 a chunk reads what the chunk before it retrieved, as in decoding; at lag 0 it reads what it
+retrieves itself, so that its references may give away its own later tokens: an optimistic figure
+(Memory³ spec 10.11). References that repeat the document are left out (overlap above 2/3, §4.4).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxlab.data.packing import Rows, pack_by_document
+from jaxlab.data.sources import Document
+from jaxlab.errors import ConfigError, DataError
+from jaxlab.memory.read import MemoryReader
+from jaxlab.training.load import LoadedModel
+from jaxlab.training.losses import token_log_probabilities
+from jaxlab.training.step import SequenceFormat
+from kernels_pallas.memory_attention import ChunkGrid
+
+MODES = ("on", "off", "shuffled", "plain")
+OVERLAP_LIMIT = 2 / 3
+_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentScores:
+    """Nats and bytes of each document, in order."""
+
+    nats: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def bits_per_byte(self) -> float:
+        """All nats over all bytes."""
+        return float(self.nats.sum() / self.bytes.sum() / math.log(2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A difference and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def score_documents(
+    model: LoadedModel,
+    documents: Sequence[Document],
+    *,
+    memory: str,
+    lag: int = 1,
+    reader: MemoryReader | None = None,
+    overlap_limit: float = OVERLAP_LIMIT,
+    report: Callable[[int, int], None] | None = None,
+) -> DocumentScores:
+    """Score every token of every document once, in rows of the model's training length.
+
+    ``memory`` is ``on``; ``shuffled`` (each reference's memory exchanged for another's); ``off``
+    (preface and gap, no memories); or ``plain`` (the ordinary language model): both readings of
+    "without memory" (spec 10.6). ``report(done, all)`` is called after each batch of rows.
+
+    Raises ConfigError for an unknown mode and for a mode that needs a bank when there is none.
+    """
+    if memory not in MODES:
+        raise ConfigError(f"memory is {memory!r}: choose one of {', '.join(MODES)}")
+    if lag not in (0, 1):
+        raise ConfigError(f"lag is {lag}: choose 0 or 1")
+    if memory in ("on", "shuffled"):
+        if reader is None:
+            raise ConfigError(f"memory {memory} needs a bank: give one with --bank")
+        model.require_memory()
+        reader = reader.shuffled(seed=0) if memory == "shuffled" else reader
+    rows = _rows(model, documents)
+    score = _compile(model, memory)
+    nats = np.zeros(len(documents))
+    for start in range(0, len(rows), _BATCH):
+        part = np.arange(start, min(start + _BATCH, len(rows)))
+        slots = None
+        if memory in ("on", "shuffled"):
+            slots = _slots(model, reader, rows, part, lag=lag, limit=overlap_limit)
+        tokens, mask = _pad(rows.tokens[part]), _pad(rows.mask[part])
+        log_probability = np.asarray(score(model.params, model.preface, slots, tokens))
+        # float64: sums of millions of tokens of different documents.
+        lost = -(log_probability.astype(np.float64) * mask).sum(axis=1)[: len(part)]
+        np.add.at(nats, rows.document[part], lost)
+        if report is not None:
+            report(int(part[-1]) + 1, len(rows))
+    sizes = np.array([len(document.text.encode()) for document in documents], np.int64)
+    return DocumentScores(nats, sizes)
+
+
+def gain(without: DocumentScores, with_memory: DocumentScores, *, seed: int = 0) -> Interval:
+    """Bits per byte saved, with a paired bootstrap over documents (10,000 resamples)."""
+    generator = np.random.default_rng(seed)
+    count = len(without.nats)
+    saved = (without.nats - with_memory.nats) / math.log(2)
+    sizes = without.bytes.astype(float)
+    draws = np.empty(10_000)
+    for i in range(len(draws)):
+        chosen = generator.integers(0, count, count)
+        draws[i] = saved[chosen].sum() / sizes[chosen].sum()
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(float(saved.sum() / sizes.sum()), float(low), float(high))
+
+
+def _rows(model: LoadedModel, documents: Sequence[Document]) -> Rows:
+    if not documents:
+        raise DataError("there is no document to score: check the corpus")
+    encoded = model.tokenizer.encode_batch([document.text for document in documents])
+    return pack_by_document(
+        encoded,
+        sequence_length=model.config.data.sequence_length,
+        pad_id=model.tokenizer.pad_id,
+    )
+
+
+def _pad(rows: np.ndarray) -> np.ndarray:
+    return np.pad(rows, ((0, _BATCH - len(rows)), (0, 0)))
+
+
+def _slots(model, reader: MemoryReader, rows: Rows, part: np.ndarray, *, lag: int, limit: float):
+    """The slots of every chunk of some rows, padded to the batch."""
+    length = model.config.memory.chunk_length
+    tokens = _pad(rows.tokens[part]).reshape(_BATCH, -1, length)
+    real = _pad(rows.mask[part]).reshape(tokens.shape)
+    texts, against = [], []
+    for row in range(_BATCH):
+        whole = tokens[row][real[row]]
+        for chunk in range(tokens.shape[1]):
+            # With lag 1 nothing reads what the last chunk retrieves.
+            wanted = chunk + lag < tokens.shape[1] and real[row, chunk].any()
+            ids = tokens[row, chunk][real[row, chunk]] if wanted else ()
+            texts.append(model.tokenizer.decode(int(i) for i in ids))
+            against.append(whole)
+    hits = reader.search_filtered(
+        texts,
+        against,
+        model.tokenizer.encode,
+        limit=limit,
+        candidates=max(model.config.memory.candidates, 2 * reader.per_chunk),
+    )
+    ids = hits.ids.reshape(_BATCH, tokens.shape[1], -1)
+    if lag:
+        ids = np.concatenate([np.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
+    return reader.slots(ids)
+
+
+def _compile(model: LoadedModel, memory: str):
+    """Compiled function of parameters, preface, slots and tokens: log-probability of each token."""
+    form = SequenceFormat(bos_id=model.tokenizer.bos_id)
+    plain = memory == "plain"
+    grid = ChunkGrid(length=model.config.memory.chunk_length, band=1)
+    start = 0 if plain else model.context_start
+
+    def score(params, preface, slots, tokens):
+        decoder = nnx.merge(model.graphdef, params)
+        hidden, _ = decoder(
+            form.inputs(tokens),
+            preface=None if plain else preface,
+            slots=slots,
+            grid=None if slots is None else grid,
+            start=start,
+        )
+        return token_log_probabilities(hidden, decoder.unembedding(), tokens)
+
+    return jax.jit(score)

@@ -1,0 +1,160 @@
+"""The write path from documents to a bank: split, encode, embed, append, shard by shard.
+
+A shard is the unit of progress: a writer that was killed goes on behind the last whole shard. What a
+bank was begun with (references, embedder, model) is checked before anything is added.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxlab.data.references import References
+from jaxlab.data.sources import Document
+from jaxlab.errors import BankError
+from jaxlab.memory.header import BankSpec
+from jaxlab.memory.store import Bank, StoredReference
+from jaxlab.memory.write import encode_references, to_stored
+from jaxlab.training.corpus import fit_embedder
+from jaxlab.training.load import LoadedModel
+
+SHARD_REFERENCES = 1024
+_ENCODE_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteReport:
+    """What a call of :func:`write_bank` did."""
+
+    references: int
+    resumed_at: int
+    bytes: int
+
+
+class ReferenceEncoder:
+    """Compiled encoder of references in batches of one size."""
+
+    def __init__(self, model: LoadedModel):
+        model.require_memory()
+        self._model = model
+
+        def encode(params, preface, tokens, lengths):
+            decoder = nnx.merge(model.graphdef, params)
+            memories = encode_references(
+                decoder, tokens, lengths, preface=preface, memory=model.config.memory
+            )
+            return to_stored(memories)
+
+        self._encode = jax.jit(encode)
+
+    def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Memories (n, layers, 2, K, m, H) in the compute dtype."""
+        out = []
+        for start in range(0, len(tokens), _ENCODE_BATCH):
+            part, sizes = tokens[start : start + _ENCODE_BATCH], lengths[start:][:_ENCODE_BATCH]
+            blank = _ENCODE_BATCH - len(part)
+            stored = self._encode(
+                self._model.params,
+                self._model.preface,
+                np.pad(part, ((0, blank), (0, 0))),
+                np.pad(sizes, (0, blank)),
+            )
+            out.append(np.asarray(stored)[: len(part)])
+        return np.concatenate(out)
+
+
+def write_bank(
+    model: LoadedModel,
+    documents: Sequence[Document],
+    url: str,
+    *,
+    embedder: Any = None,
+    shard_references: int = SHARD_REFERENCES,
+    report: Callable[[str], None] = print,
+) -> WriteReport:
+    """Write the explicit memories of ``documents`` into the bank at ``url``; resumable.
+
+    ``embedder`` is a fitted embedder to use; None makes the one that the configuration names, fitted
+    on these references. Raises BankError when the bank belongs to another model or was begun with
+    other references, and when it cannot be written.
+    """
+    model.require_memory()
+    references = References.build(
+        documents, model.tokenizer, length=model.config.memory.reference_length
+    )
+    bank, embedder = _open_or_create(model, references, url, embedder)
+    begun = len(bank)
+    _check_same_references(bank, references, url)
+    encode = ReferenceEncoder(model)
+    for start in range(begun, len(references), shard_references):
+        part = slice(start, min(start + shard_references, len(references)))
+        _append(bank, encode, embedder, references, part, model)
+        report(f"bank {url}: {len(bank):,} of {len(references):,} references")
+    return WriteReport(len(bank), begun, bank.stats()["bytes"])
+
+
+def _append(bank, encode, embedder, references: References, part: slice, model) -> None:
+    lengths = references.lengths[part]
+    texts, sources = references.texts[part], references.sources[part]
+    bank.append(
+        encode(references.tokens[part], lengths),
+        np.minimum(lengths, model.config.memory.tokens_kept).astype(np.int32),
+        embedder.embed(texts),
+        [
+            StoredReference(text=text, source=source, tokens=int(count))
+            for text, source, count in zip(texts, sources, lengths, strict=True)
+        ],
+    )
+
+
+def _open_or_create(model: LoadedModel, references: References, url: str, embedder: Any):
+    if bank_exists(url):
+        bank = Bank.open(url, identity=model.identity, write=True)
+        return bank, bank.embedder(model_embed=model.embed_texts)
+    config = model.config
+    if embedder is None:
+        embedder = fit_embedder(
+            config.memory.embedder, references.texts, model_embed=model.embed_texts
+        )
+    shape = config.model
+    spec = BankSpec(
+        identity=model.identity,
+        memory_shape=(
+            shape.memory_layers,
+            2,
+            shape.kv_heads,
+            config.memory.tokens_kept,
+            shape.head_dim,
+        ),
+        embedder=embedder.name,
+        embedding_dim=embedder.dim,
+        dtype=shape.compute_dtype,
+        chunk_length=config.memory.chunk_length,
+        references_per_chunk=config.memory.references_per_chunk,
+        reference_length=config.memory.reference_length,
+        preface=model.tokenizer.preface_ids,
+    )
+    return Bank.create(url, spec=spec, embedder_state=embedder.to_bytes()), embedder
+
+
+def _check_same_references(bank: Bank, references: References, url: str) -> None:
+    """A bank that was begun holds the first of these references, or it is another corpus."""
+    begun = len(bank)
+    ids = sorted({0, begun // 2, begun - 1}) if begun else []
+    for row, stored in zip(ids, bank.references(ids), strict=True):
+        if row >= len(references) or stored.text != references.texts[row]:
+            raise BankError(
+                f"bank {url}: reference {row} is not the one that this source gives: the bank was "
+                "begun with another source; use the same --data or another --bank"
+            )
+
+
+def bank_exists(url: str) -> bool:
+    """Whether a bank has been begun at ``url``."""
+    from jaxlab.memory.objects import open_kvstore
+    from jaxlab.memory.store import HEADER_FILE
+
+    return open_kvstore(url, None).read(HEADER_FILE).result().state != "missing"

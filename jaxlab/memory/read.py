@@ -1,0 +1,85 @@
+"""From texts to the slots that the model reads: search, filter, load, arrange."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlab.data.overlap import exceeds
+from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
+from jaxlab.memory.store import Bank
+from jaxlab.memory.write import from_stored
+from jaxlab.models.attention import Slots
+
+
+class MemoryReader:
+    """Retrieval from one bank, and loading of what was retrieved.
+
+    ``permutation`` is the control "shuffled": search as ever, but read the memory of the reference
+    at that place instead.
+    """
+
+    def __init__(self, bank: Bank, retriever: Retriever, *, permutation: np.ndarray | None = None):
+        self.bank, self._retriever, self._permutation = bank, retriever, permutation
+        self.per_chunk = bank.spec.references_per_chunk
+
+    @classmethod
+    def open(cls, bank: Bank, *, model_embed: Callable | None = None) -> "MemoryReader":
+        """Load the bank's embedder and index."""
+        embedder = bank.embedder(model_embed=model_embed)
+        return cls(bank, Retriever(embedder, FlatIndex(bank.embeddings())))
+
+    def shuffled(self, *, seed: int) -> "MemoryReader":
+        """The same bank with every reference's memory exchanged for another's."""
+        order = np.random.default_rng(seed).permutation(len(self.bank))
+        exchanged = np.empty_like(order)
+        # One cycle through all references: nothing stays in its place (if there are two at all).
+        exchanged[order] = np.roll(order, 1)
+        return MemoryReader(self.bank, self._retriever, permutation=exchanged)
+
+    def search(self, texts: Sequence[str], k: int | None = None) -> Hits:
+        """The references nearest to each text, without any filter."""
+        return self._retriever.search(list(texts), k or self.per_chunk)
+
+    def search_filtered(
+        self,
+        texts: Sequence[str],
+        against: Sequence[np.ndarray],
+        encode: Callable[[str], Sequence[int]],
+        *,
+        limit: float,
+        candidates: int,
+    ) -> Hits:
+        """The nearest references whose overlap with ``against`` (tokens) is at most ``limit``.
+
+        Memory³ §4.4: in evaluation a reference that repeats the text under test is left out.
+        """
+        found = self.search(texts, candidates)
+        ids = np.full((len(texts), self.per_chunk), -1, np.int64)
+        scores = np.full(ids.shape, -np.inf, np.float32)
+        tokens: dict[int, np.ndarray] = {}
+        refused: dict[tuple[int, int], bool] = {}
+        for row, tested in enumerate(against):
+            place = 0
+            for hit, score in zip(found.ids[row], found.scores[row], strict=True):
+                hit = int(hit)
+                if hit < 0 or place == self.per_chunk:
+                    break
+                if hit not in tokens:
+                    tokens[hit] = np.asarray(encode(self.bank.reference(hit).text), np.int32)
+                key = (id(tested), hit)
+                if key not in refused:
+                    refused[key] = exceeds(tested, tokens[hit], limit=limit)
+                if not refused[key]:
+                    ids[row, place], scores[row, place] = hit, score
+                    place += 1
+        return Hits(ids, scores)
+
+    def slots(self, ids: np.ndarray) -> Slots:
+        """The slots of chunks that read references ``ids`` (B, C, r); -1 is an empty slot."""
+        if self._permutation is not None:
+            ids = np.where(ids >= 0, self._permutation[np.maximum(ids, 0)], -1)
+        found = self.bank.read(ids)
+        kept = self.bank.spec.memory_shape[3]
+        valid = np.arange(kept) < found.kept[..., None]
+        return from_stored(jnp.asarray(found.memories), jnp.asarray(valid))

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxlab",
-        description="Language models with explicit memory (Memory³): train, write the bank, read it.",
+        description="Language models with explicit memory: train, write the bank, read it.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     source = "installed-docs, a path (folder, .txt, .jsonl[.gz|.xz|.zst]), facts:SEED or tfds:NAME"

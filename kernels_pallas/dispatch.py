@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why: the first that can do the job, the definition last."""
+"""Which implementation of an op runs, and why: the first that can, the definition last."""
 
 import dataclasses
 import logging

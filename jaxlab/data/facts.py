@@ -15,60 +15,61 @@ from jaxlab.data.sources import Document
 from jaxlab.errors import DataError
 
 _FIRST = (
-    "Bel Cor Dal Fen Gar Hal Jor Kel Lor Mar Nel Or Per Quin Ral Sel Tor Ul Ver Wil Zan Bran Cael "
-    "Dor Eri Fal Gwen Hes Il Jas Kor Lys Mir Nor Osk Pel Rin Sor Tal Vor"
+    "Bel Cor Dal Fen Gar Hal Jor Kel Lor Mar Nel Or Per Quin Ral Sel Tor Ul Ver Wil Zan Bran "
+    "Cael Dor Eri Fal Gwen Hes Il Jas Kor Lys Mir Nor Osk Pel Rin Sor Tal Vor"
 ).split()
 _SECOND = (
-    "a an ar as en eth ia ic iel in ion is ith o on or os us ya yn ara eda ila ena ora una eon ard "
-    "ell mond wick bert dan gan lan rick"
+    "a an ar as en eth ia ic iel in ion is ith o on or os us ya yn ara eda ila ena ora una eon "
+    "ard ell mond wick bert dan gan lan rick"
 ).split()
 _FAMILY = (
-    "Ash Black Brook Crane Dun Elm Frost Glen Hawk Iron Kings Lake Moss North Oak Penn Raven Stone "
-    "Thorn Under West White Wolf Bright Cold Dark Far Gold High Long Marsh Red Salt Silver Storm "
-    "Summer Swift Winter Wood Amber"
+    "Ash Black Brook Crane Dun Elm Frost Glen Hawk Iron Kings Lake Moss North Oak Penn Raven "
+    "Stone Thorn Under West White Wolf Bright Cold Dark Far Gold High Long Marsh Red Salt "
+    "Silver Storm Summer Swift Winter Wood Amber"
 ).split()
 _FAMILY_END = (
-    "by dale don field ford gate ham hill holm land ley low man mere more ridge shaw son stead ton "
-    "wall ward water well wick worth bridge bury combe croft den fell garth hurst keld lock mouth "
-    "port rigg thwaite"
+    "by dale don field ford gate ham hill holm land ley low man mere more ridge shaw son stead "
+    "ton wall ward water well wick worth bridge bury combe croft den fell garth hurst keld lock "
+    "mouth port rigg thwaite"
 ).split()
 
 _TOWNS = (
     "Paris London Berlin Madrid Rome Vienna Prague Lisbon Dublin Oslo Stockholm Helsinki Warsaw "
     "Athens Cairo Nairobi Lagos Accra Tunis Delhi Mumbai Tokyo Osaka Seoul Beijing Hanoi Manila "
-    "Jakarta Sydney Perth Auckland Toronto Montreal Boston Chicago Denver Seattle Dallas Houston "
-    "Miami Lima Quito Bogota Caracas Santiago Havana Geneva Zurich Milan Naples"
+    "Jakarta Sydney Perth Auckland Toronto Montreal Boston Chicago Denver Seattle Dallas "
+    "Houston Miami Lima Quito Bogota Caracas Santiago Havana Geneva Zurich Milan Naples"
 ).split()
 _PROFESSIONS = (
-    "baker carpenter dentist doctor engineer farmer gardener hunter jeweller judge lawyer librarian "
-    "mason mechanic merchant miner musician nurse optician painter pharmacist photographer pilot "
-    "plumber poet porter potter priest printer sailor sculptor shepherd smith soldier surgeon tailor "
-    "tanner teacher translator weaver writer actor barber brewer butcher chemist clerk cook dancer "
-    "diver"
+    "baker carpenter dentist doctor engineer farmer gardener hunter jeweller judge lawyer "
+    "librarian mason mechanic merchant miner musician nurse optician painter pharmacist "
+    "photographer pilot plumber poet porter potter priest printer sailor sculptor shepherd "
+    "smith soldier surgeon tailor tanner teacher translator weaver writer actor barber brewer "
+    "butcher chemist clerk cook dancer diver"
 ).split()
 _ANIMALS = (
-    "badger bear beaver camel cat cheetah cow crab deer dog dolphin donkey duck eagle elephant falcon "
-    "ferret fox frog goat goose hamster hedgehog horse kangaroo lion lizard llama lynx monkey mouse "
-    "otter owl panda parrot penguin pig pony rabbit raven seal sheep snake spider swan tiger tortoise "
-    "turkey whale wolf"
+    "badger bear beaver camel cat cheetah cow crab deer dog dolphin donkey duck eagle elephant "
+    "falcon ferret fox frog goat goose hamster hedgehog horse kangaroo lion lizard llama lynx "
+    "monkey mouse otter owl panda parrot penguin pig pony rabbit raven seal sheep snake spider "
+    "swan tiger tortoise turkey whale wolf"
 ).split()
 _FOODS = (
     "apples apricots bananas barley beans beetroot bread butter cabbage carrots cheese cherries "
     "chestnuts chocolate cucumbers dates dumplings eggs figs garlic ginger grapes honey lemons "
-    "lentils mangoes melons mushrooms noodles oats olives onions oranges pancakes peaches pears peas "
-    "peppers plums potatoes pumpkin radishes raisins rice salad salmon soup spinach tomatoes walnuts"
+    "lentils mangoes melons mushrooms noodles oats olives onions oranges pancakes peaches pears "
+    "peas peppers plums potatoes pumpkin radishes raisins rice salad salmon soup spinach "
+    "tomatoes walnuts"
 ).split()
 _OBJECTS = (
     "anchors arrows baskets bells boats books bottles bowls boxes brooms buttons candles chairs "
-    "clocks coins compasses cups drums fans feathers flags flutes globes hammers hats helmets jars "
-    "kettles keys kites knives ladders lamps lanterns maps masks mirrors needles pens pipes plates "
-    "puppets ribbons rings ropes saddles shells shields spoons stamps"
+    "clocks coins compasses cups drums fans feathers flags flutes globes hammers hats helmets "
+    "jars kettles keys kites knives ladders lamps lanterns maps masks mirrors needles pens "
+    "pipes plates puppets ribbons rings ropes saddles shells shields spoons stamps"
 ).split()
 _MINERALS = (
-    "agate alabaster aluminium amethyst basalt beryl brass bronze calcite chalk clay coal cobalt "
-    "copper coral crystal diamond emerald flint garnet glass granite graphite gypsum iron ivory jade "
-    "jasper lead limestone marble mercury mica nickel obsidian onyx opal pearl platinum porcelain "
-    "pumice quartz ruby sandstone sapphire slate steel tin topaz zinc"
+    "agate alabaster aluminium amethyst basalt beryl brass bronze calcite chalk clay coal "
+    "cobalt copper coral crystal diamond emerald flint garnet glass granite graphite gypsum "
+    "iron ivory jade jasper lead limestone marble mercury mica nickel obsidian onyx opal pearl "
+    "platinum porcelain pumice quartz ruby sandstone sapphire slate steel tin topaz zinc"
 ).split()
 
 

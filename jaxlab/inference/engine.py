@@ -88,8 +88,8 @@ class Engine:
     ) -> list[Generation]:
         """Continue each prompt by at most ``max_tokens`` tokens, to ``</s>`` or before ``stop``.
 
-        ``on_token(row, text)`` receives the text as it grows. Raises DataError when a prompt and its
-        answer do not fit in the context.
+        ``on_token(row, text)`` receives the text as it grows. Raises DataError when a prompt and
+        its answer do not fit in the context.
         """
         sampling = sampling or Sampling()
         tokenizer = self.model.tokenizer
@@ -263,7 +263,7 @@ def _choose(logits, key, *, sampling: Sampling):
 class _Stream:
     """Text of one sequence as it grows; holds back what is not yet certain.
 
-    A character may take several byte tokens, and the start of ``stop`` may turn out to be its whole.
+    A character may take several byte tokens, and the start of ``stop`` may become all of it.
     """
 
     def __init__(self, tokenizer, stop: str | None):

@@ -23,9 +23,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature is {self.temperature}: give 0 (greedy) or a positive number"
-            )
+            raise ConfigError(f"temperature is {self.temperature}: give 0 (greedy) or more")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}: give 0 (no limit) or a number of tokens")
         if not 0 < self.top_p <= 1:

@@ -1,7 +1,7 @@
 """The write path from documents to a bank: split, encode, embed, append, shard by shard.
 
-A shard is the unit of progress: a writer that was killed goes on behind the last whole shard. What a
-bank was begun with (references, embedder, model) is checked before anything is added.
+A shard is the unit of progress: a writer that was killed goes on behind the last whole shard. What
+a bank was begun with (references, embedder, model) is checked before anything is added.
 """
 
 import dataclasses
@@ -77,8 +77,8 @@ def write_bank(
 ) -> WriteReport:
     """Write the explicit memories of ``documents`` into the bank at ``url``; resumable.
 
-    ``embedder`` is a fitted embedder to use; None makes the one that the configuration names, fitted
-    on these references. Raises BankError when the bank belongs to another model or was begun with
+    ``embedder`` is a fitted embedder to use; None makes the one that the configuration names,
+    fitted on these references. Raises BankError when the bank belongs to another model or was begun with
     other references, and when it cannot be written.
     """
     model.require_memory()

@@ -39,11 +39,9 @@ def attention_received(
         received = jnp.log(jnp.sum(shares, axis=-2, where=givers))
     else:
         received = jax.nn.logsumexp(jnp.where(givers, scores, -jnp.inf), axis=-2)
-    if pooling == "max":
-        pooled = jnp.max(received, axis=2)
-    else:
-        # Sum and mean over heads order the tokens alike; both are sums of what was received.
-        pooled = jax.nn.logsumexp(received, axis=2)
+    # Sum and mean over heads order the tokens alike.
+    pool = jnp.max if pooling == "max" else jax.nn.logsumexp
+    pooled = pool(received, axis=2)
     return jnp.where(valid[:, None, :], pooled, -jnp.inf)
 
 

@@ -1,8 +1,8 @@
 """Encode references into explicit memory: sparse keys and values of the memory layers.
 
 Memory³ §3.1 to §3.3: each reference is encoded alone behind the preface ``<s>Reference:``, through
-the memory layers only; at each of them, for each kv head, the keys (after rotation) and values of the
-tokens that receive most attention are kept. The same function writes the bank and runs inside the
+the memory layers only; at each of them, for each kv head, the keys (after rotation) and values of
+the tokens that receive most attention are kept. The same function writes the bank and runs inside the
 continual stage's training step, where gradients flow through it.
 """
 
@@ -50,7 +50,7 @@ def encode_references(
     preface: Prefix,
     memory: MemoryConfig,
 ) -> Memories:
-    """Explicit memories of references (right-padded to R tokens; ``lengths`` says how many are real).
+    """Explicit memories of references, right-padded to R tokens; ``lengths`` counts the real ones.
 
     A reference of length 0 gives a memory with no valid slot.
     """

@@ -1,8 +1,8 @@
 """The decoder, written once: Llama and Memory³ are configurations of it.
 
 Layers come in two stacks, each one ``lax.scan``: the memory layers (the first ``memory_layers``,
-which can read slots) and the plain layers above them (all layers of a Llama). Memory is an argument,
-not another class: ``slots=None`` is an ordinary language model.
+which can read slots) and the plain layers above them (all layers of a Llama). Memory is an
+argument, not another class: ``slots=None`` is an ordinary language model.
 
 Positions (Memory³ §3.2, figure 9): with a preface of P tokens, references occupy P ... P+R-1 in
 parallel and the context's ``<s>`` stands at P+R; without a preface the context starts at 0.
@@ -76,7 +76,7 @@ class Block(nnx.Module):
         slots: KeyValues | None = None,
         cache: KeyValues | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
-        """One layer; also returns its context keys and values (the updated cache, if one is given)."""
+        """One layer; also returns its context keys and values (the updated cache, if given)."""
         query, key, value = self.attention.project(self.attention_norm(x))
         query = self.attention.rotate(query, plan.positions)
         context = KeyValues(self.attention.rotate(key, plan.positions), value)

@@ -114,7 +114,7 @@ def load_model(location: str | Path, *, warn: Callable[[str], None] = print) -> 
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"{run}: the tokenizer has {tokenizer.vocab_size} pieces but the model's vocabulary is "
-            f"{config.model.vocab_size}: it is the tokenizer of another model; restore the run's own"
+            f"{config.model.vocab_size}: it belongs to another model; restore the run's own"
         )
     graphdef, shapes = abstract_decoder(config.model)
     params = read_weights(location, {"params": shapes}, warn=warn)["params"]

@@ -1,4 +1,4 @@
-"""The training loop: one function, in the order that makes a resumed run equal to an unbroken one."""
+"""The training loop: in the order that makes a resumed run equal to an unbroken one."""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
 """Next-token cross-entropy without ever holding all logits.
 
-The vocabulary is the widest axis of the model: logits of a whole batch would be its largest array by
-far. The loss walks over blocks of positions and takes the gradient of each block where its logits
+The vocabulary is the widest axis of the model: logits of a whole batch would be its largest array
+by far. The loss walks over blocks of positions and takes the gradient of each block where its logits
 are at hand, so the backward pass neither stores nor recomputes them.
 """
 
@@ -16,7 +16,7 @@ BLOCK_POSITIONS = 256
 
 
 def _block_length(batch: int, length: int, vocab: int) -> int:
-    """Positions of each sequence in one block: the largest divisor of ``length`` that is allowed."""
+    """Positions of each sequence in one block: the largest allowed divisor of ``length``."""
     allowed = max(BLOCK_LOGITS // vocab, BLOCK_POSITIONS) // batch
     return max(n for n in range(1, length + 1) if length % n == 0 and n <= max(allowed, 1))
 

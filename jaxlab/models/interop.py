@@ -9,11 +9,13 @@ programs ignore.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,17 +28,18 @@ from jaxlab.typing import PyTree
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files
 
-# One layer: path in our tree, name behind ``model.layers.<number>.``
+# One layer: path in our tree; name behind ``model.layers.<number>.``, and how many of our axes a
+# matrix sums over (None: a vector).
 _LAYER = {
-    ("attention_norm", "scale"): "input_layernorm.weight",
-    ("attention", "query"): "self_attn.q_proj.weight",
-    ("attention", "key"): "self_attn.k_proj.weight",
-    ("attention", "value"): "self_attn.v_proj.weight",
-    ("attention", "output"): "self_attn.o_proj.weight",
-    ("mlp_norm", "scale"): "post_attention_layernorm.weight",
-    ("mlp", "gate"): "mlp.gate_proj.weight",
-    ("mlp", "up"): "mlp.up_proj.weight",
-    ("mlp", "down"): "mlp.down_proj.weight",
+    ("attention_norm", "scale"): ("input_layernorm.weight", None),
+    ("attention", "query"): ("self_attn.q_proj.weight", 1),
+    ("attention", "key"): ("self_attn.k_proj.weight", 1),
+    ("attention", "value"): ("self_attn.v_proj.weight", 1),
+    ("attention", "output"): ("self_attn.o_proj.weight", 2),
+    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", None),
+    ("mlp", "gate"): ("mlp.gate_proj.weight", 1),
+    ("mlp", "up"): ("mlp.up_proj.weight", 1),
+    ("mlp", "down"): ("mlp.down_proj.weight", 1),
 }
 # What has to be so for a Hugging Face Llama to be this decoder; all are the defaults there.
 _REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -50,22 +53,29 @@ class InteropError(JaxlabError):
 class _Tensor:
     """One tensor of the file and the parameter, or layer of a parameter, that it holds.
 
-    shape: in the file. ours: in our tree, without the axis of layers.
+    ours: shape in our tree, without the axis of layers.
+    inputs: how many leading axes of ``ours`` a matrix sums over; None for what is not transposed.
     """
 
     name: str
     path: tuple[str | int, ...]
     layer: int | None
-    shape: tuple[int, ...]
     ours: tuple[int, ...]
+    inputs: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file: (out, in) of a matrix."""
+        if self.inputs is None:
+            return self.ours
+        return math.prod(self.ours[self.inputs :]), math.prod(self.ours[: self.inputs])
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        array = array if self.shape == self.ours else array.T
+        array = array if self.inputs is None else array.T
         return np.ascontiguousarray(array).reshape(self.ours)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        if self.shape != self.ours:
-            array = array.reshape(self.shape[::-1]).T
+        array = array if self.inputs is None else array.reshape(self.shape[::-1]).T
         return np.ascontiguousarray(array)
 
 
@@ -111,17 +121,12 @@ def save_llama(config: ModelConfig, params: PyTree, directory: str | os.PathLike
       InteropError: ``params`` do not have the shapes of ``config``.
     """
     save_file = _safetensors().numpy.save_file
+    _check_shapes(params, abstract_decoder(config)[1])
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for tensor in _tensors(config):
         stored = _leaf(params, tensor.path)
-        expected = tensor.ours if tensor.layer is None else (stored.shape[0], *tensor.ours)
-        if stored.shape != expected:
-            where = "/".join(map(str, tensor.path))
-            raise InteropError(
-                f"parameter {where} has shape {stored.shape}, the configuration makes it {expected}"
-            )
         array = np.asarray(stored if tensor.layer is None else stored[tensor.layer], np.float32)
         arrays[tensor.name] = tensor.to_theirs(array)
     # transformers asks for the framework that wrote the file; "pt" means this layout.
@@ -195,33 +200,24 @@ def _tensors(config: ModelConfig) -> list[_Tensor]:
     """Every tensor of the file, with the shapes that the configuration gives it."""
     shapes = abstract_decoder(config)[1]
 
-    def whole(name: str, path: tuple, *, transposed: bool = False) -> _Tensor:
-        shape = _leaf(shapes, path).shape
-        return _Tensor(name, path, None, shape[::-1] if transposed else shape, shape)
+    def whole(name: str, path: tuple, *, inputs: int | None = None) -> _Tensor:
+        return _Tensor(name, path, None, _leaf(shapes, path).shape, inputs)
 
     out = [
         whole("model.embed_tokens.weight", ("embedding",)),
         whole("model.norm.weight", ("final_norm", "scale")),
     ]
     if not config.tied_embeddings:
-        out.append(whole("lm_head.weight", ("head",), transposed=True))
+        out.append(whole("lm_head.weight", ("head",), inputs=1))
     number = 0
     for stack in sorted(shapes["stacks"]):
         for layer in range(_leaf(shapes, ("stacks", stack, "mlp", "up")).shape[0]):
-            for below, name in _LAYER.items():
+            for below, (name, inputs) in _LAYER.items():
                 path = ("stacks", stack, *below)
                 ours = _leaf(shapes, path).shape[1:]
-                shape = _matrix_shape(ours, inputs=2 if below[-1] == "output" else 1)
-                out.append(_Tensor(f"model.layers.{number}.{name}", path, layer, shape, ours))
+                out.append(_Tensor(f"model.layers.{number}.{name}", path, layer, ours, inputs))
             number += 1
     return out
-
-
-def _matrix_shape(ours: tuple[int, ...], *, inputs: int) -> tuple[int, ...]:
-    """(out, in) for a projection whose first ``inputs`` axes are summed over; a norm's as it is."""
-    if len(ours) == 1:
-        return ours
-    return int(np.prod(ours[inputs:])), int(np.prod(ours[:inputs]))
 
 
 def _empty(config: ModelConfig) -> PyTree:
@@ -235,11 +231,24 @@ def _empty(config: ModelConfig) -> PyTree:
 
 def _leaf(tree: Any, path: tuple[str | int, ...]) -> Any:
     for key in path:
-        try:
-            tree = tree[key]
-        except (KeyError, IndexError):
-            raise InteropError(f"parameter {'/'.join(map(str, path))} is missing") from None
+        tree = tree[key]
     return tree
+
+
+def _check_shapes(params: PyTree, expected: PyTree) -> None:
+    """Refuse parameters that are not exactly the configuration's."""
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    ours, needed = shapes(params), shapes(expected)
+    for path in sorted(ours.keys() | needed.keys()):
+        if ours.get(path) != needed.get(path):
+            raise InteropError(
+                f"parameter {path} has shape {ours.get(path)}, "
+                f"the configuration makes it {needed.get(path)}"
+            )
 
 
 def _readers(

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jaxlab.models.decoder import abstract_decoder, initial_parameters
+from jaxlab.models.decoder import abstract_decoder
 from jaxlab.models.interop import InteropError, load_llama, save_llama
 from tests.models.tiny import random_tokens, run, tiny_config
 
@@ -26,10 +26,13 @@ def hub_config(**changes):
 
 
 def parameters(config):
-    """Random weights; norms too, so that one in the wrong place is noticed."""
-    params = initial_parameters(config, 0)
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
+    """Random weights, norms too, so that one in the wrong place is noticed."""
+    generator = np.random.default_rng(0)
+
+    def draw(leaf):
+        return 0.2 * generator.standard_normal(leaf.shape, np.float32)
+
+    return jax.tree.map(draw, abstract_decoder(config)[1])
 
 
 def logits(config, params, tokens):
@@ -177,10 +180,10 @@ def test_missing_and_broken_files_are_named(saved):
 def test_parameters_of_another_configuration_are_not_written(tmp_path):
     params = parameters(hub_config())
     for changes, message in (
-        ({"ffn_width": 32}, "mlp/up has shape"),
-        ({"vocab_size": 62}, "embedding has shape"),
-        ({"memory_layers": 2}, "stacks/1/.* is missing"),
-        ({"layers": 5}, "stacks/0/.* has shape"),
+        ({"ffn_width": 32}, r"'mlp'.* has shape \(4, 24, 24\), the config.* \(4, 32, 24\)"),
+        ({"vocab_size": 62}, "'embedding'.* has shape"),
+        ({"memory_layers": 2}, r"'stacks'.* has shape \(4, .*\), the config.* \(2,"),
+        ({"tied_embeddings": True}, "'head'.* has shape .*, the configuration makes it None"),
     ):
         with pytest.raises(InteropError, match=message):
             save_llama(hub_config(**changes), params, tmp_path)

@@ -29,10 +29,11 @@ _BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class DocumentScores:
-    """Nats and bytes of each document, in order."""
+    """Nats, bytes and tokens of each document, in order."""
 
     nats: np.ndarray
     bytes: np.ndarray
+    tokens: np.ndarray
 
     @property
     def bits_per_byte(self) -> float:
@@ -92,7 +93,8 @@ def score_documents(
         if report is not None:
             report(int(part[-1]) + 1, len(rows))
     sizes = np.array([len(document.text.encode()) for document in documents], np.int64)
-    return DocumentScores(nats, sizes)
+    tokens = np.bincount(rows.document, weights=rows.mask.sum(axis=1), minlength=len(documents))
+    return DocumentScores(nats, sizes, tokens.astype(np.int64))
 
 
 def gain(without: DocumentScores, with_memory: DocumentScores, *, seed: int = 0) -> Interval:

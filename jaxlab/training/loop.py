@@ -230,7 +230,8 @@ def _batches(run: _Run, name: str, stage: StageConfig):
     sources, weights = stage_sources(
         run.config, run.corpus, memory=stage.memory, neighbourhood=run.neighbourhood
     )
-    order = run.config.seed * 1000 + list(run.config.stages.named()).index(name)
+    # By name, not by place: a control without warmup sees the rows in the same order.
+    order = run.config.seed * 1000 + ("warmup", "continual").index(name)
     return training_iterator(sources, weights, batch_size=stage.batch_size, seed=order)
 
 

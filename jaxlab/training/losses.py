@@ -87,7 +87,7 @@ def _forward(hidden, weights, targets, mask):
 def _backward(gradients, scale):
     hidden_gradient, weights_gradient = gradients
     return (
-        hidden_gradient,
+        hidden_gradient * scale.astype(hidden_gradient.dtype),
         weights_gradient * scale.astype(weights_gradient.dtype),
         None,
         None,

@@ -231,7 +231,8 @@ class FactSamples:
     Chunk c brings the statement of fact c as its reference and asks about facts of the last
     ``references_per_chunk`` chunks, whose statements it can read. Facts come in twos that share the
     person, so neither the name nor the relation alone tells which statement to use. Only answers
-    count in the loss. Sample i is a function of (seed, i).
+    count in the loss, and together they weigh as much as a row of text: the share of facts in a
+    mixture is their share of the loss. Sample i is a function of (seed, i).
     """
 
     def __init__(
@@ -263,6 +264,7 @@ class FactSamples:
         asked: set[int] = set()
         for chunk in range(chunks):
             self._fill(generator, chunk, facts, asked, tokens, mask)
+        mask *= self._length / max(mask.sum(), 1.0)
         references = np.full((chunks, self._reference), self._tokenizer.pad_id, np.int32)
         lengths = np.zeros(chunks, np.int32)
         for chunk, fact in enumerate(facts):

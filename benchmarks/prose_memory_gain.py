@@ -53,7 +53,7 @@ def _compare(without: DocumentScores, with_memory: DocumentScores) -> dict:
 def main() -> None:
     """Train, write, score, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", required=True, help="documents with `text`, as for jaxlab train")
+    parser.add_argument("--source", required=True, help="documents, as for jaxlab train")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--json", required=True, type=Path)
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")

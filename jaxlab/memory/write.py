@@ -2,8 +2,8 @@
 
 Memory³ §3.1 to §3.3: each reference is encoded alone behind the preface ``<s>Reference:``, through
 the memory layers only; at each of them, for each kv head, the keys (after rotation) and values of
-the tokens that receive most attention are kept. The same function writes the bank and runs inside the
-continual stage's training step, where gradients flow through it.
+the tokens that receive most attention are kept. The same function writes the bank and runs inside
+the continual stage's training step, where gradients flow through it.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """From a configuration to everything that training reads, kept in the run directory.
 
-``RUN/data`` holds the tokenizer, the references and the neighbours of every chunk, each with a header
-that ties it to what it was made from. A resumed run reads them; a corpus that changed in between is
-an error, because the batches would not be those of the interrupted run.
+``RUN/data`` holds the tokenizer, the references and the neighbours of every chunk, each with a
+header that ties it to what it was made from. A resumed run reads them; a corpus that changed in
+between is an error, because the batches would not be those of the interrupted run.
 """
 
 import dataclasses

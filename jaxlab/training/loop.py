@@ -1,7 +1,6 @@
 """The training loop: in the order that makes a resumed run equal to an unbroken one."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +102,10 @@ def train(
         shared = _Run(
             config, corpus, neighbourhood, graphdef, checkpoints, metrics, goodput, guard, report
         )
-        return _run_stages(shared)
+        result = _run_stages(shared)
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
+    report(f"goodput {goodput.share():.2f}; seconds: {spent}")
+    return result
 
 
 def _run_stages(run: _Run) -> TrainResult:
@@ -334,7 +336,3 @@ def load_run(run: str | Path) -> ExperimentConfig:
         raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
     return load_config(path)
 
-
-def goodput_summary(goodput: Goodput) -> str:
-    """Seconds by activity as one line of JSON."""
-    return json.dumps({key: round(value, 2) for key, value in goodput.seconds().items()})

@@ -1,8 +1,8 @@
 """Next-token cross-entropy without ever holding all logits.
 
 The vocabulary is the widest axis of the model: logits of a whole batch would be its largest array
-by far. The loss walks over blocks of positions and takes the gradient of each block where its logits
-are at hand, so the backward pass neither stores nor recomputes them.
+by far. The loss walks over blocks of positions and takes the gradient of each block where its
+logits are at hand, so the backward pass neither stores nor recomputes them.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """The definition, run over a few sequences at a time: for one CPU device.
 
 The scores of a few sequences fit in cache where those of a whole batch do not, and the backward
-pass computes them again instead of keeping them. Measured on two cores (batch 32, 256 tokens, 4 heads of
-32): gradients in 84 ms against 128 ms for the whole batch at once.
+pass computes them again instead of keeping them. Measured on two cores (batch 32, 256 tokens, 4
+heads of 32): gradients in 84 ms against 128 ms for the whole batch at once.
 """
 
 import jax

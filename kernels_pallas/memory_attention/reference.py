@@ -1,8 +1,8 @@
 """The definition of memory attention in plain JAX, to which every kernel is held.
 
 Memory³ (arXiv 2407.01178), section 3.2, equation 4, with the preface of the text added: the query
-of a context token attends, in one joint softmax, to the preface, to the memory slots of its chunk and
-to the context up to itself. No gate, no extra bias, no second attention.
+of a context token attends, in one joint softmax, to the preface, to the memory slots of its chunk
+and to the context up to itself. No gate, no extra bias, no second attention.
 """
 
 import dataclasses

@@ -78,8 +78,10 @@ def write_bank(
     """Write the explicit memories of ``documents`` into the bank at ``url``; resumable.
 
     ``embedder`` is a fitted embedder to use; None makes the one that the configuration names,
-    fitted on these references. Raises BankError when the bank belongs to another model or was begun
-    with other references, and when it cannot be written.
+    fitted on these references. A bank that was begun goes on with its own.
+
+    Raises BankError when the bank belongs to another model or was begun with other references, and
+    when it cannot be written.
     """
     model.require_memory()
     references = References.build(

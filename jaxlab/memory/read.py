@@ -77,7 +77,8 @@ class MemoryReader:
 
     def slots(self, ids: np.ndarray) -> Slots:
         """The slots of chunks that read references ``ids`` (B, C, r); -1 is an empty slot."""
-        if self._permutation is not None:
+        # An empty bank has nothing to exchange, and every id is -1.
+        if self._permutation is not None and len(self._permutation):
             ids = np.where(ids >= 0, self._permutation[np.maximum(ids, 0)], -1)
         found = self.bank.read(ids)
         kept = self.bank.spec.memory_shape[3]

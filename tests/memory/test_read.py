@@ -1,0 +1,136 @@
+"""Laws of reading: which references, which memories, in which slots."""
+
+import numpy as np
+import pytest
+
+from jaxlab.data.overlap import overlap
+from jaxlab.memory.embedders import ModelEmbedder
+from jaxlab.memory.read import MemoryReader
+from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
+from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
+from tests.inference.small import TEXTS, letters
+
+SHAPE = (2, 2, 2, 3, 4)
+
+
+def made_bank(url, texts) -> Bank:
+    """A bank whose memories are their row numbers, one to three slots of each valid."""
+    spec = BankSpec(
+        identity=BankIdentity("m", "t", "c"),
+        memory_shape=SHAPE,
+        embedder="model",
+        embedding_dim=8,
+        dtype="float32",
+        references_per_chunk=2,
+    )
+    bank = Bank.create(url, spec=spec)
+    if texts:
+        count = len(texts)
+        bank.append(
+            np.broadcast_to(np.arange(count, dtype=np.float32)[:, None, None, None, None, None],
+                            (count, *SHAPE)),
+            np.arange(count, dtype=np.int32) % 3 + 1,
+            ModelEmbedder(letters).embed(texts),
+            [StoredReference(text, f"source {n}", len(text)) for n, text in enumerate(texts)],
+        )  # fmt: skip
+    return bank
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    bank = made_bank(tmp_path_factory.mktemp("read") / "bank", TEXTS)
+    return MemoryReader.open(bank, model_embed=letters)
+
+
+def rows_read(slots):
+    """The reference number that each slot's memory carries; -1 where the slot is empty."""
+    found = np.asarray(slots.keys)[0, ..., 0, 0].astype(int)
+    return np.where(np.asarray(slots.valid), found, -1)
+
+
+def test_each_chunk_gets_the_valid_slots_of_its_references(reader):
+    slots = reader.slots(np.array([[[0, 2], [1, -1]], [[-1, -1], [5, 5]]]))
+    assert slots.keys.shape == slots.values.shape == (2, 2, 2, 6, 2, 4)
+    np.testing.assert_array_equal(
+        rows_read(slots),
+        [
+            [[0, -1, -1, 2, 2, 2], [1, 1, -1, -1, -1, -1]],
+            [[-1, -1, -1, -1, -1, -1], [5, 5, 5, 5, 5, 5]],
+        ],
+    )
+
+
+def test_shuffling_reads_another_memory_for_every_reference_and_each_just_once(reader):
+    for seed in range(5):
+        shuffled = reader.shuffled(seed=seed)
+        ids = np.arange(len(TEXTS)).reshape(1, -1, 1)
+        read = rows_read(shuffled.slots(ids))[0, :, 0]
+        assert (read != ids.ravel()).all() and sorted(read) == list(range(len(TEXTS)))
+        # The search is the one it was, and what has no hit stays empty.
+        np.testing.assert_array_equal(shuffled.search(["ab"]).ids, reader.search(["ab"]).ids)
+        assert (rows_read(shuffled.slots(np.array([[[-1, -1]]]))) == -1).all()
+    one, same, other = (
+        rows_read(reader.shuffled(seed=seed).slots(ids)).tolist() for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+def test_an_empty_bank_has_nothing_to_find_or_to_shuffle(tmp_path):
+    reader = MemoryReader.open(made_bank(tmp_path / "bank", []), model_embed=letters)
+    hits = reader.search(["abc"])
+    assert hits.ids.tolist() == [[-1, -1]]
+    for one in (reader, reader.shuffled(seed=0)):
+        assert not np.asarray(one.slots(hits.ids[None]).valid).any()
+
+
+def test_search_gives_as_many_as_a_chunk_reads_unless_told(reader):
+    assert reader.search(["ab", ""]).ids.shape == (2, 2)
+    found = reader.search(["aaabca"], 5)
+    assert found.ids.shape == (1, 5) and found.ids[0, 0] == 0
+    assert reader.search(["zzz"]).ids.tolist() == [[-1, -1]]
+
+
+def spell(text):
+    return [ord(letter) for letter in text]
+
+
+def test_the_filter_keeps_the_nearest_that_overlap_little_enough(reader):
+    """Against the rule itself: walk down the candidates, drop what repeats the tested text."""
+    texts = ["aabca", "ggha", "dece", "", "zz"]
+    tested = [np.array(spell(t)) for t in ("xxaaabcaxx", "ffghffgghagg", "abc", "aaabca", "bcb")]
+    for limit in (0.0, 0.5, 2 / 3, 1.0):
+        found = reader.search_filtered(texts, tested, spell, limit=limit, candidates=4)
+        plain = reader.search(texts, 4)
+        for row, against in enumerate(tested):
+            allowed = [
+                (hit, score)
+                for hit, score in zip(plain.ids[row], plain.scores[row], strict=True)
+                if hit >= 0 and overlap(against, np.array(spell(TEXTS[hit]))) <= limit
+            ]
+            wanted = (allowed + [(-1, -np.inf)] * 2)[:2]
+            assert found.ids[row].tolist() == [hit for hit, _ in wanted]
+            assert found.scores[row].tolist() == [score for _, score in wanted]
+
+
+def test_near_copies_of_the_tested_text_are_left_out(reader):
+    copy = np.array(spell("so: aaabca."))
+    kept = reader.search_filtered(["aaabca"], [copy], spell, limit=1.0, candidates=4)
+    filtered = reader.search_filtered(["aaabca"], [copy], spell, limit=2 / 3, candidates=4)
+    assert kept.ids[0, 0] == 0 and 0 not in filtered.ids[0] and filtered.ids[0, 0] >= 0
+
+
+def test_texts_of_one_call_are_filtered_each_against_its_own(reader):
+    """Chunks of one row share the tested tokens; equal chunks of other rows do not."""
+    copy, free = np.array(spell("aaabca")), np.array(spell("xyz"))
+    found = reader.search_filtered(
+        ["aaabca"] * 3, [copy, free, copy], spell, limit=2 / 3, candidates=4
+    )
+    assert [0 in row for row in found.ids] == [False, True, False]
+
+
+def test_a_reader_can_be_put_together_from_its_parts(reader):
+    embedder = ModelEmbedder(letters)
+    same = MemoryReader(reader.bank, Retriever(embedder, FlatIndex(reader.bank.embeddings())))
+    one, other = (r.search(["ddee", "hh"]) for r in (same, reader))
+    assert isinstance(one, Hits)
+    np.testing.assert_array_equal(one.ids, other.ids)

@@ -1,0 +1,207 @@
+"""Laws of invented facts: fresh from each seed, asked only where their statement can be read."""
+
+import re
+
+import numpy as np
+import pytest
+
+from jaxlab.data.facts import (
+    RELATIONS,
+    FactSamples,
+    draw_facts,
+    fact_documents,
+    prompt,
+)
+from jaxlab.data.tokenizer import train_tokenizer
+from jaxlab.errors import DataError
+
+LENGTH, CHUNK, REFERENCE, BAND = 512, 64, 48, 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [f"{f.statement}\n{prompt(f.question)} {f.answer}\n" for f in draw_facts(9, 600)]
+    path = tmp_path_factory.mktemp("facts") / "facts.model"
+    return train_tokenizer(texts, vocab_size=700, path=path)
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    return made(tokenizer)
+
+
+def made(tokenizer, **changes):
+    settings = dict(
+        seed=5,
+        sequence_length=LENGTH,
+        chunk_length=CHUNK,
+        reference_length=REFERENCE,
+        references_per_chunk=BAND,
+        count=1000,
+    )
+    return FactSamples(tokenizer, **{**settings, **changes})
+
+
+def statements(sample, tokenizer):
+    rows = zip(sample["references"], sample["reference_lengths"], strict=True)
+    return [tokenizer.decode(row[:length]) for row, length in rows]
+
+
+ASKED = re.compile(r"Question: (?P<question>[^\n]+)\nAnswer: (?P<answer>[^\n]+)\n")
+
+
+def asked(sample, tokenizer):
+    """(chunk, question, answer) of everything asked; fails on a part of a question."""
+    found = []
+    for chunk in range(LENGTH // CHUNK):
+        text = tokenizer.decode(sample["tokens"][chunk * CHUNK :][:CHUNK])
+        whole = list(ASKED.finditer(text))
+        assert "".join(match.group(0) for match in whole) == text
+        found += [(chunk, match["question"], match["answer"]) for match in whole]
+    return found
+
+
+def statement_answers(statement, question):
+    """Whether this statement is the one that answers, judged from the two texts alone."""
+    for relation in RELATIONS:
+        for form in relation.questions:
+            before, after = form.split("{person}")
+            if question.startswith(before) and question.endswith(after):
+                person = question[len(before) : len(question) - len(after)]
+                if any(
+                    statement == said.format(person=person, value=value)
+                    for said in relation.statements
+                    for value in relation.values
+                ):
+                    return True
+    return False
+
+
+# ---------------------------------------------------------------------------- facts
+
+
+def test_the_same_seed_gives_the_same_facts_and_another_seed_others():
+    facts = draw_facts(1, 300)
+    assert draw_facts(1, 300) == facts and len(facts) == 300
+    assert draw_facts(1, 100) == facts[:100]
+    ours, theirs = ({f.person for f in draw_facts(seed, 300)} for seed in (1, 2))
+    assert not ours & theirs
+
+
+def test_no_two_people_share_a_name_and_no_person_a_relation():
+    facts = draw_facts(3, 3000)
+    people = {fact.person for fact in facts}
+    assert len(people) == 1000
+    assert len({(fact.person, fact.relation) for fact in facts}) == 3000
+
+
+def test_a_statement_names_the_person_before_the_value_and_the_question_never_tells():
+    relations = {relation.name: relation for relation in RELATIONS}
+    for fact in draw_facts(4, 2000):
+        relation = relations[fact.relation]
+        assert fact.answer in relation.values
+        person = fact.statement.index(fact.person) + len(fact.person)
+        assert fact.answer in fact.statement[person:]
+        assert fact.person in fact.question
+        assert fact.answer not in fact.question.replace(fact.person, "")
+
+
+def test_every_relation_and_phrasing_puts_the_person_first():
+    for relation in RELATIONS:
+        assert len(set(relation.values)) == len(relation.values) >= 45
+        for form in relation.statements:
+            assert 0 <= form.index("{person}") < form.index("{value}")
+        assert all("{person}" in form and "{value}" not in form for form in relation.questions)
+
+
+def test_values_say_nothing_about_the_rest():
+    """Knowing the relation, the most frequent value is right in a few percent of the cases."""
+    facts = draw_facts(6, 6000)
+    for relation in RELATIONS:
+        answers = [fact.answer for fact in facts if fact.relation == relation.name]
+        most = max(answers.count(value) for value in relation.values)
+        assert 800 < len(answers) < 1200 and most / len(answers) < 0.05
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**9])
+def test_more_facts_than_there_are_names_for_is_an_error(count):
+    with pytest.raises(DataError, match=f"{count} facts asked for: the generator makes 1 to"):
+        draw_facts(0, count)
+
+
+def test_documents_are_the_statements():
+    documents = fact_documents(7, 20)
+    assert [d.text for d in documents] == [f.statement for f in draw_facts(7, 20)]
+    assert documents[3].id == "facts:7/3"
+
+
+# ---------------------------------------------------------------------------- samples
+
+
+def test_a_sample_has_the_shapes_of_the_continual_stage(samples, tokenizer):
+    sample = samples[0]
+    chunks = LENGTH // CHUNK
+    assert sample["tokens"].shape == sample["loss_mask"].shape == (LENGTH,)
+    assert sample["references"].shape == (chunks, REFERENCE)
+    assert sample["reference_lengths"].shape == (chunks,)
+    kinds = {name: array.dtype for name, array in sample.items()}
+    assert kinds.pop("loss_mask") == np.float32 and set(kinds.values()) == {np.dtype(np.int32)}
+    for row, length in zip(sample["references"], sample["reference_lengths"], strict=True):
+        assert 0 < length <= REFERENCE and (row[length:] == tokenizer.pad_id).all()
+
+
+def test_a_sample_is_a_function_of_seed_and_number_alone(samples, tokenizer):
+    one, again = samples[17], made(tokenizer)[17]
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name])
+    for other in (samples[18], made(tokenizer, seed=6)[17]):
+        assert (other["tokens"] != one["tokens"]).any()
+    assert len(samples) == 1000
+
+
+def test_only_what_can_be_read_is_asked_and_each_fact_once(samples, tokenizer):
+    """The statement is among the references of the last chunks: the band of the training mask."""
+    total = 0
+    for number in range(30):
+        said = statements(samples[number], tokenizer)
+        found = asked(samples[number], tokenizer)
+        for chunk, question, answer in found:
+            answering = [c for c, text in enumerate(said) if statement_answers(text, question)]
+            assert len(answering) == 1 and chunk - BAND < answering[0] <= chunk
+            assert answer in said[answering[0]]
+        questions = [question for _, question, _ in found]
+        assert len(set(questions)) == len(questions)
+        total += len(found)
+    assert total > 30 * LENGTH // CHUNK * 0.8
+
+
+def test_facts_come_in_twos_about_one_person(samples, tokenizer):
+    people = [
+        {word for word in re.findall(r"[A-Z]\w+ [A-Z]\w+", text)}
+        for text in statements(samples[0], tokenizer)
+    ]
+    pairs = sum(bool(a & b) for i, a in enumerate(people) for b in people[i + 1 :])
+    assert pairs == LENGTH // CHUNK // 2
+
+
+def test_answers_alone_count_and_together_like_a_row_of_text(samples, tokenizer):
+    for number in range(10):
+        sample = samples[number]
+        counted = sample["loss_mask"] > 0
+        answers = "".join(f" {answer}\n" for _, _, answer in asked(sample, tokenizer))
+        assert tokenizer.decode(sample["tokens"][counted]) == answers
+        assert len(set(sample["loss_mask"][counted].tolist())) == 1
+        assert sample["loss_mask"].sum() == pytest.approx(LENGTH, rel=1e-5)
+
+
+def test_a_question_is_spelt_as_it_will_be_asked(samples, tokenizer):
+    """The tokens of a question are those of the prompt alone, and the answer follows them."""
+    sample = samples[2]
+    chunk, question, answer = asked(sample, tokenizer)[0]
+    ids = tokenizer.encode(prompt(question)) + tokenizer.encode(f" {answer}\n")
+    assert sample["tokens"][chunk * CHUNK :][: len(ids)].tolist() == ids
+
+
+def test_chunks_too_short_for_any_question_ask_nothing(tokenizer):
+    sample = made(tokenizer, sequence_length=32, chunk_length=4)[0]
+    assert not sample["loss_mask"].any() and (sample["tokens"] == tokenizer.pad_id).all()

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,18 +139,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
     result = train(config, arguments.out)
     if result.interrupted:
-        again = " ".join(["jaxlab train", arguments.config, *_set_again(arguments.set)])
+        overrides = ["--set", *arguments.set] if arguments.set else []
+        again = ["jaxlab", "train", arguments.config, *overrides, "--out", arguments.out]
         print(
             f"interrupted: saved at step {result.step} ({result.stage}); "
-            f"resume with: {again} --out {arguments.out}"
+            f"resume with: {shlex.join(again)}"
         )
         return INTERRUPTED
     print(f"done: step {result.step}, run {arguments.out}")
     return 0
-
-
-def _set_again(overrides: Sequence[str]) -> list[str]:
-    return ["--set", *overrides] if overrides else []
 
 
 def _memory_write(arguments: argparse.Namespace) -> None:

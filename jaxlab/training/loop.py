@@ -1,8 +1,10 @@
 """The training loop: in the order that makes a resumed run equal to an unbroken one."""
 
+import contextlib
 import dataclasses
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from jaxlab.config import ExperimentConfig, StageConfig, identity, identity_hash, save_yaml
 from jaxlab.data.pipeline import TextSamples, training_iterator
-from jaxlab.errors import CheckpointError
+from jaxlab.errors import CheckpointError, JaxlabError
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
@@ -82,7 +84,7 @@ def train(
     """
     run = Path(run)
     goodput = Goodput()
-    with goodput.measure("init"):
+    with goodput.measure("init"), _all_or_nothing(run):
         checkpoints = Checkpoints(
             run,
             keep=config.training.keep,
@@ -97,21 +99,33 @@ def train(
         reads = any(stage.memory for stage in config.stages.named().values())
         if reads and config.data.facts_fraction < 1:
             neighbourhood = prepare_neighbourhood(config, corpus, report=report)
+        state, position = _start(config, checkpoints, report=report)
         graphdef, _ = abstract_decoder(config.model)
     with MetricsWriter(run) as metrics, InterruptGuard() as guard:
         shared = _Run(
             config, corpus, neighbourhood, graphdef, checkpoints, metrics, goodput, guard, report
         )
-        result = _run_stages(shared)
+        result = _run_stages(shared, state, position)
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
     report(f"goodput {goodput.share():.2f}; seconds: {spent}")
     return result
 
 
-def _run_stages(run: _Run) -> TrainResult:
+@contextlib.contextmanager
+def _all_or_nothing(run: Path) -> Iterator[None]:
+    """Take a new run directory away again when the run cannot begin."""
+    existed = run.exists()
+    try:
+        yield
+    except JaxlabError:
+        if not existed and jax.process_index() == 0:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> TrainResult:
     stages = run.config.stages.named()
     names = list(stages)
-    state, position = _start(run, stages)
     if position["step"]:
         run.report(f"resuming at step {position['step']} ({position['stage']})")
     run.metrics.truncate(position["step"])
@@ -132,27 +146,28 @@ def _run_stages(run: _Run) -> TrainResult:
     return TrainResult(offset, names[-1], False, run.validation_loss)
 
 
-def _start(run: _Run, stages: dict[str, StageConfig]) -> tuple[TrainState, dict[str, Any]]:
+def _start(
+    config: ExperimentConfig, checkpoints: Checkpoints, *, report: Callable[[str], None]
+) -> tuple[TrainState, dict[str, Any]]:
     """State and position from the newest checkpoint, else from ``init_from``, else new."""
-    config, first = run.config, next(iter(stages))
-    template = _template(run, stages[first])
-    if run.checkpoints.latest() is not None:
-        state, position = run.checkpoints.restore(template)
-        return state, position
+    first, stage = next(iter(config.stages.named().items()))
+    template = _template(config, stage)
+    if checkpoints.latest() is not None:
+        return checkpoints.restore(template)
     if config.init_from is not None:
-        weights = read_weights(config.init_from, {"params": template.params}, warn=run.report)
+        weights = read_weights(config.init_from, {"params": template.params}, warn=report)
         params = weights["params"]
     else:
         params = initial_parameters(config.model, config.seed)
-    state = start_state(params, make_optimizer(config.optimizer, stages[first]), seed=config.seed)
+    state = start_state(params, make_optimizer(config.optimizer, stage), seed=config.seed)
     return state, {"stage": first, "step": 0, "data": None}
 
 
-def _template(run: _Run, stage: StageConfig) -> TrainState:
+def _template(config: ExperimentConfig, stage: StageConfig) -> TrainState:
     """Shapes of the state; the same in every stage, which all use one optimizer."""
-    _, params = abstract_decoder(run.config.model)
-    optimizer = make_optimizer(run.config.optimizer, stage)
-    return jax.eval_shape(lambda p: start_state(p, optimizer, seed=run.config.seed), params)
+    _, params = abstract_decoder(config.model)
+    optimizer = make_optimizer(config.optimizer, stage)
+    return jax.eval_shape(lambda p: start_state(p, optimizer, seed=config.seed), params)
 
 
 def sequence_format(config: ExperimentConfig, corpus_tokenizer, *, memory: bool) -> SequenceFormat:
@@ -263,7 +278,7 @@ class _Evaluator:
             return None
         total = weight = 0.0
         # Rows spread over all documents, always the same ones.
-        chosen = np.linspace(0, len(self._samples) - 1, self._count).astype(int)
+        chosen = np.linspace(0, len(self._samples) - 1, self._count).astype(int).tolist()
         for start in range(0, self._count, self._batch):
             part = [self._samples[i] for i in chosen[start : start + self._batch]]
             blank = self._batch - len(part)
@@ -335,4 +350,3 @@ def load_run(run: str | Path) -> ExperimentConfig:
     if not path.is_file():
         raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
     return load_config(path)
-

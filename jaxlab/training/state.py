@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import PyTree
 
 from jaxlab.config import ModelConfig
 from jaxlab.models.decoder import initial_parameters
@@ -15,8 +15,9 @@ class TrainState(struct.PyTreeNode):
 
     params: PyTree
     opt_state: PyTree
-    key: Key[Array, ""]
-    step: Int[Array, ""]
+    # A random key and a count; in a template for restoring they are shapes, not arrays.
+    key: PyTree
+    step: PyTree
 
 
 def start_state(

@@ -4,11 +4,10 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models.layers import normal, rotate
+from jaxlab.models.layers import normal, project, rotate
 from kernels_pallas.memory_attention import ChunkGrid, memory_attention
 
 
@@ -77,7 +76,7 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "B T D"]) -> Projected:
         """Queries, keys (neither rotated) and values of one layer."""
         weights = (self.query[...], self.key[...], self.value[...])
-        return Projected(*(jnp.einsum("btd,dnh->btnh", x, w.astype(x.dtype)) for w in weights))
+        return Projected(*(project(x, w) for w in weights))
 
     def rotate(self, x: Float[Array, "B T K H"], positions: Int[Array, "B T"]):
         """Rotary embedding with this model's base."""
@@ -103,7 +102,7 @@ class Attention(nnx.Module):
             slot_valid=plan.slot_valid if slots is not None else None,
             grid=plan.grid if slots is not None else None,
         )
-        return jnp.einsum("btnh,nhd->btd", out, self.output[...].astype(out.dtype))
+        return project(out, self.output[...], inputs=2)
 
 
 def write_into(cache: KeyValues, new: KeyValues, start: Int[Array, " B"]) -> KeyValues:

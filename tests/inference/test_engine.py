@@ -162,7 +162,7 @@ def test_citations_are_the_references_that_were_read(bank, engine_of, monkeypatc
 
 def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, monkeypatch):
     reader = small_reader(bank)
-    scripted(monkeypatch, "cc|", "dd\nddddd", "efefefef")
+    scripted(monkeypatch, "ccdd|", "dd\nddddd", "efefefef")
     pieces = [[], [], []]
     found = engine_of(reader).generate(
         PROMPTS,
@@ -170,12 +170,12 @@ def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, monkey
         stop="\n",
         on_token=lambda row, piece: pieces[row].append(piece),
     )
-    assert [one.text for one in found] == ["cc", "dd", "efefefef"]
-    assert ["".join(part) for part in pieces] == ["cc", "dd", "efefefef"]
+    assert [one.text for one in found] == ["ccdd", "dd", "efefefef"]
+    assert ["".join(part) for part in pieces] == ["ccdd", "dd", "efefefef"]
     assert [one.finished for one in found] == [True, True, False]
-    assert len(found[0].tokens) == 2 and len(found[1].tokens) == 3
-    # "hcdd" was complete before the stop string came.
-    assert reader.searched[1:] == [["hcdd"], ["efef"]]
+    assert len(found[0].tokens) == 4 and len(found[1].tokens) == 3
+    # Both chunks were complete before the end came; afterwards "ccdd" is not searched again.
+    assert reader.searched[1:] == [["hcdd"], ["ccdd", "efef"]]
 
 
 def test_generation_ends_when_every_sequence_has_ended(bank, engine_of, monkeypatch):

@@ -118,21 +118,55 @@ def test_gathering_takes_each_heads_own_tokens():
         np.testing.assert_array_equal(found[n, m, k], rows[n, chosen[n, k, m], k])
 
 
-def test_the_preface_takes_no_part_in_the_selection():
+TOKENS, LENGTHS_WRITTEN = random_tokens(0, 5, 12), jnp.array([12, 9, 12, 4, 2])
+
+
+@pytest.fixture(scope="module")
+def written():
+    """The memories of some references behind two different prefaces, by one program."""
+    graphdef, params = nnx.split(tiny_decoder())
+
+    @jax.jit
+    def write_behind(params, preface_ids):
+        decoder = nnx.merge(graphdef, params)
+        preface = encode_preface(decoder, preface_ids)
+        return encode_references(
+            decoder, TOKENS, LENGTHS_WRITTEN, preface=preface, memory=tiny_memory()
+        )
+
+    return [write_behind(params, ids) for ids in (PREFACE, PREFACE[::-1] + 20)]
+
+
+def test_the_preface_takes_no_part_in_the_selection(written):
     """Another preface changes memories only through attention, so never those of the first layer.
 
     In the second layer it does: the references are encoded behind it.
     """
-    graphdef, params = nnx.split(tiny_decoder())
-
-    @jax.jit
-    def write_behind(preface_ids, tokens, lengths):
-        decoder = nnx.merge(graphdef, params)
-        preface = encode_preface(decoder, preface_ids)
-        return encode_references(decoder, tokens, lengths, preface=preface, memory=tiny_memory())
-
-    given = random_tokens(0, 5, 12), jnp.array([12, 9, 12, 4, 2])
-    ours, theirs = (write_behind(ids, *given) for ids in (PREFACE, PREFACE[::-1] + 20))
+    ours, theirs = written
     np.testing.assert_array_equal(ours.keys[0], theirs.keys[0])
     np.testing.assert_array_equal(ours.values[0], theirs.values[0])
     assert np.abs(np.asarray(ours.values[1] - theirs.values[1])).max() > 1e-2
+
+
+def test_tokens_are_chosen_before_rotation_and_kept_after_it(written):
+    """The first layer by hand: selection from plain queries and keys, keys at positions P + j."""
+    decoder, memories = tiny_decoder(), written[0]
+    stack = decoder.stacks[0]
+    x = np.asarray(decoder.embedding[...], np.float64)[np.asarray(TOKENS)]
+    x /= np.sqrt((x**2).mean(axis=-1, keepdims=True) + decoder.config.norm_eps)
+    x *= np.asarray(stack.attention_norm.scale[...])[0]
+    weights = (stack.attention.query, stack.attention.key, stack.attention.value)
+    query, key, value = (np.einsum("btd,dnh->btnh", x, np.asarray(w[...])[0]) for w in weights)
+    valid = np.arange(12) < np.asarray(LENGTHS_WRITTEN)[:, None]
+    received = received_by_loops(query, key, valid, selection="exponential", pooling="sum")
+
+    angles = (len(PREFACE) + np.arange(12))[:, None] / 10000 ** (np.arange(4) / 4)
+    first, second = key[..., :4], key[..., 4:]
+    cos, sin = np.cos(angles)[None, :, None], np.sin(angles)[None, :, None]
+    rotated = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    for n, k in np.ndindex(5, 2):
+        chosen = np.argsort(-received[n, k], kind="stable")[: min(4, valid[n].sum())]
+        for kept, rows in ((memories.keys, rotated), (memories.values, value)):
+            np.testing.assert_allclose(
+                kept[0, n, : len(chosen), k], rows[n, chosen, k], rtol=1e-4, atol=1e-5
+            )

@@ -98,7 +98,7 @@ def embedding_gradient(references, loss, *, memory):
     graphdef, params = nnx.split(tiny_decoder())
     params = nnx.to_pure_dict(params)
 
-    def whole(embedding):
+    def whole(embedding, params):
         decoder = nnx.merge(graphdef, {**params, "embedding": embedding})
         preface = encode_preface(decoder, jnp.asarray(PREFACE))
         lengths = jnp.asarray([12, 12, 0, 5])
@@ -108,7 +108,7 @@ def embedding_gradient(references, loss, *, memory):
             encode_references(decoder, references, lengths, preface=preface, memory=memory),
         )
 
-    return np.asarray(jax.jit(jax.grad(whole))(params["embedding"]))
+    return np.asarray(jax.jit(jax.grad(whole))(params["embedding"], params))
 
 
 # Each token stands in one place: reference 2 has length 0, the last one only 5 tokens.

@@ -1,0 +1,259 @@
+"""Command lines in processes of their own that die, or are interrupted, at a chosen moment.
+
+Importing JAX and its company takes longer than a tiny run. So one server process imports everything
+once, and forks a process for each command line before any backend or thread is started.
+"""
+
+import atexit
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+_TIMEOUT = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit code (a signal's number negated) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_child(folder: Path, *argv: str | Path, before: Sequence[Sequence[Any]] = ()) -> Ended:
+    """``jaxlab ARGV`` in a process of its own; ``before`` names functions of this module to call.
+
+    ``folder`` receives what is printed, and ``folder.parent`` the cache of compiled programs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob("*.out")))
+    files = [folder / f"{number}.{kind}" for kind in ("out", "err")]
+    request = {
+        "argv": [str(word) for word in argv],
+        "before": [list(call) for call in before],
+        "files": [str(file) for file in files],
+    }
+    server = _server()
+    server.stdin.write(f"{json.dumps(request)}\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the server of child processes has ended"
+    return Ended(int(answer), *(file.read_text() for file in files))
+
+
+def share_compiled(folder: Path) -> None:
+    """Where the children keep compiled programs; to be called before the first one runs."""
+    os.environ["JAXLAB_TEST_COMPILED"] = str(folder)
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["JAXLAB_TEST_COMPILED"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # No pools of threads before the fork.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.children"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def end():
+        server.stdin.close()
+        server.stdout.close()
+        server.wait(_TIMEOUT)
+
+    atexit.register(end)
+    return server
+
+
+# What follows runs in the children.
+
+
+def die_at(event: str, path: str, count: int = 1) -> None:
+    """SIGKILL before the ``count``-th operation (an audit event) on a path that ``path`` matches.
+
+    ``event`` is a regular expression, such as ``open`` or ``os.rename``, whose new name counts.
+    """
+    seen = 0
+
+    def hook(name: str, arguments: tuple) -> None:
+        nonlocal seen
+        if not arguments or not re.fullmatch(event, name):
+            return
+        place = arguments[1] if name == "os.rename" else arguments[0]
+        if isinstance(place, str | os.PathLike) and re.search(path, os.fspath(place)):
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def die_after_save(count: int) -> None:
+    """SIGKILL when the ``count``-th save has returned."""
+    _after_save(count, signal.SIGKILL)
+
+
+def interrupt_after_save(count: int) -> None:
+    """SIGINT when the ``count``-th save has returned."""
+    _after_save(count, signal.SIGINT)
+
+
+def _after_save(count: int, number: int) -> None:
+    from jaxlab.training.checkpoint import Checkpoints
+
+    save, saved = Checkpoints.save, []
+
+    def saving(self, *arguments, **options):
+        save(self, *arguments, **options)
+        saved.append(True)
+        if len(saved) == count:
+            os.kill(os.getpid(), number)
+
+    Checkpoints.save = saving
+
+
+def log_batches(file: str) -> None:
+    """Append a digest of every batch, and the names of its arrays, to ``file``."""
+    from jaxlab.training import loop
+
+    make = loop.training_iterator
+
+    class Logging:
+        def __init__(self, *arguments, **options):
+            self._inner = make(*arguments, **options)
+            self.get_state, self.set_state = self._inner.get_state, self._inner.set_state
+
+        def __next__(self):
+            batch = next(self._inner)
+            digest = hashlib.sha256()
+            for name in sorted(batch):
+                digest.update(f"{name} {batch[name].dtype} {batch[name].shape}".encode())
+                digest.update(batch[name].tobytes())
+            with open(file, "a") as log:
+                log.write(f"{' '.join(sorted(batch))} {digest.hexdigest()}\n")
+            return batch
+
+    loop.training_iterator = Logging
+
+
+def poison(step: int) -> None:
+    """Make every parameter NaN before the ``step``-th step of a stage."""
+    import jax
+
+    from jaxlab.training import loop
+
+    compile_step = loop.compile_train_step
+
+    def compiled(**parts):
+        function, calls = compile_step(**parts), []
+
+        def poisoned(state, batch):
+            calls.append(True)
+            if len(calls) == step:
+                nothing = jax.tree.map(lambda x: (x - x) / (x - x), state.params)
+                state = state.replace(params=nothing)
+            return function(state, batch)
+
+        return poisoned
+
+    loop.compile_train_step = compiled
+
+
+def die_after_append(count: int) -> None:
+    """SIGKILL when the ``count``-th shard has been appended to a bank."""
+    from jaxlab.memory.store import Bank
+
+    append, appended = Bank.append, []
+
+    def appending(self, *arguments):
+        append(self, *arguments)
+        appended.append(True)
+        if len(appended) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Bank.append = appending
+
+
+def small_shards(references: int) -> None:
+    """Shards of a few references, so that a tiny bank has several."""
+    from jaxlab.memory.pipeline import write_bank
+
+    write_bank.__kwdefaults__["shard_references"] = references
+
+
+def limit_files(size: int) -> None:
+    """No file may grow beyond ``size`` bytes: what a full disk does to whoever writes."""
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _serve() -> None:
+    _preload()
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _child(request)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _preload() -> None:
+    # Not scikit-learn: some of its company starts a thread.
+    import faiss  # noqa: F401
+    import grain  # noqa: F401
+    import sentencepiece  # noqa: F401
+    import tensorboardX  # noqa: F401
+
+    import jaxlab.inference.engine
+    import jaxlab.memory.pipeline
+    import jaxlab.training.loop  # noqa: F401
+
+
+def _child(request: dict[str, Any]) -> None:
+    code = 70
+    try:
+        signal.alarm(_TIMEOUT)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, file in enumerate(request["files"], start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout.reconfigure(line_buffering=True)
+        from jaxlab.cli import main
+
+        for name, *arguments in request["before"]:
+            globals()[name](*arguments)
+        code = main(request["argv"])
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,273 @@
+"""What goes wrong on the command line is one line on stderr, exit code 1, and nothing half done."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from jaxlab.cli import main
+from tests.integration import tiny_run
+from tests.integration.tiny_run import files_of, flip_bit
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return tiny_run.tiny(tmp_path_factory)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail; returns its one line."""
+
+    def run(*words) -> str:
+        assert main([str(word) for word in words]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    """A configuration file whose corpus lies beside it."""
+    text = tiny_run.CONFIG.replace("CORPUS", str(tmp_path / "corpus.jsonl"))
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ("stages.warmup.learning_rat=1", "unknown key; did you mean stages.warmup.learning_rate?"),
+        ("learning_rate=1", "unknown key; did you mean stages."),
+        ("seed=banana", "--set seed=banana: seed: expected an integer, got 'banana'"),
+        ("seed", "--set seed: expected KEY=VALUE"),
+        ("optimizer.name=adam", "must be one of adamw, sgd; got 'adam'"),
+        ("data.sequence_length=100", "100 is not a multiple of memory.chunk_length (64)"),
+        ("model.memory_layers=0", "reading memory needs model.memory_layers > 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_before_anything_is_made(
+    fails, small_config, tmp_path, change, expected
+):
+    line = fails("train", small_config, "--set", change, "--out", tmp_path / "run")
+    assert expected in line and change.partition("=")[0].rpartition(".")[2] in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_the_file_names_file_key_and_the_nearest(fails, small_config, tmp_path):
+    small_config.write_text(small_config.read_text().replace("vocab_size", "vocabsize"))
+    line = fails("train", small_config, "--out", tmp_path / "run")
+    assert line == (
+        f"{small_config}: tokenizer.vocabsize: unknown key; did you mean tokenizer.vocab_size?"
+    )
+
+
+def test_a_missing_configuration_is_named(fails, tmp_path):
+    line = fails("train", tmp_path / "no.yaml", "--out", tmp_path / "run")
+    assert line == f"{tmp_path / 'no.yaml'}: no such configuration file"
+    assert not (tmp_path / "run").exists()
+
+
+# Corpus and tokenizer
+
+CORPORA = {
+    "missing": (None, "corpus '{path}': no such file or folder"),
+    "empty": (b" \n", "corpus '{path}' holds no text"),
+    "not UTF-8": (b'{"text": "fine"}\n{"text": "\xff"}\n', "{path}: not UTF-8 at byte 27"),
+    "broken JSON": (b'{"text": "fine"}\n\n{"text": "x"\n', "{path}, line 3: broken JSON"),
+    "no text": (b'{"text": "fine"}\n{"txt": "x"}\n', "{path}, line 2: 'text' is missing"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "tokenizer", "bank"])
+@pytest.mark.parametrize("kind", CORPORA)
+def test_a_corpus_that_cannot_be_read_is_named_and_nothing_is_made(
+    fails, request, small_config, tmp_path, kind, command
+):
+    content, expected = CORPORA[kind]
+    path, out = tmp_path / "corpus.jsonl", tmp_path / "out"
+    if content is not None:
+        path.write_bytes(content)
+    if command == "train":
+        line = fails("train", small_config, "--out", out)
+    elif command == "tokenizer":
+        line = fails("tokenizer", "train", "--data", path, "--vocab", 400, "--out", out)
+    else:
+        run = request.getfixturevalue("tiny").run
+        line = fails("memory", "write", "--run", run, "--data", path, "--bank", out)
+    assert line.startswith(expected.format(path=path))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ("data.facts_fraction=0 tokenizer.vocab_size=4000", "cannot fill vocab_size=4000"),
+        ("tokenizer.vocab_size=200", "vocab_size is 200: the smallest that can be is"),
+        ("data.validation_fraction=0.000001", "falls on the validation side"),
+        ("init_from=NOWHERE", "NOWHERE: is not a run directory"),
+        ("tokenizer.path=NO.model", "tokenizer NO.model: cannot be read"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_nothing_behind(fails, tiny, tmp_path, change, expected):
+    line = fails("train", tiny.config, "--set", *change.split(), "--out", tmp_path / "run")
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(fails, tiny, tmp_path):
+    path = tiny.run / "data" / "tokenizer.model"
+    change = (f"tokenizer.path={path}", "model.vocab_size=300")
+    line = fails("train", tiny.config, "--set", *change, "--out", tmp_path / "run")
+    assert line.startswith(f"tokenizer {path} has 400 pieces but model.vocab_size is 300: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_tokenizer_of_another_model_is_refused(fails, tiny, tmp_path):
+    run = tiny.copy_run(tmp_path)
+    config = run / "config.yaml"
+    small = "vocab_size: 300"
+    config.write_text(config.read_text().replace("vocab_size: 400", small, 2))
+    line = fails("generate", "--run", run, "--prompt", "the")
+    assert line.startswith(f"{run}: the tokenizer has 400 pieces but the model's vocabulary is 300")
+
+
+# Runs
+
+
+def test_a_run_of_another_configuration_is_refused_by_hashes_and_keys(fails, tiny, tmp_path):
+    run = tiny.copy_run(tmp_path)
+    change = ("optimizer.weight_decay=0.5", "stages.continual.steps=9")
+    line = fails("train", tiny.config, "--set", *change, "--out", run)
+    hashes = r"belongs to configuration [0-9a-f]{12}, this run has [0-9a-f]{12}"
+    assert re.search(hashes, line)
+    assert "(they differ in optimizer.weight_decay, stages.continual.steps)" in line
+    assert files_of(run) == files_of(tiny.run)
+
+
+def test_a_corpus_that_changed_since_the_run_began_is_refused(fails, tiny, tmp_path):
+    run, corpus = tiny.copy_run(tmp_path), tiny.folder / "corpus.jsonl"
+    record = json.loads((run / "data" / "corpus.json").read_text())
+    (run / "data" / "corpus.json").write_text(json.dumps({**record, "hash": "0" * 64}))
+    before = files_of(run)
+    line = fails("train", tiny.config, "--out", run)
+    assert line.startswith(f"corpus '{corpus}' has changed since {run} was begun (000000000000 ")
+    assert files_of(run) == before
+
+
+def test_what_is_no_run_and_a_stage_that_is_not_there_are_named(fails, tiny, tmp_path):
+    line = fails("generate", "--run", tmp_path, "--prompt", "the")
+    assert line.startswith(f"{tmp_path}: is not a run directory")
+    line = fails("generate", "--run", f"{tiny.run}@end", "--prompt", "the")
+    assert "labelled 'end' (labels there: continual, warmup)" in line
+
+
+# Reading and evaluating
+
+
+def test_a_prompt_longer_than_the_context_is_refused(fails, tiny):
+    line = fails("generate", "--run", tiny.run, "--prompt", "the array " * 200)
+    assert "the context of the model holds 192: shorten the prompt" in line
+
+
+@pytest.mark.parametrize("mode", ["on", "shuffled"])
+def test_evaluating_with_memory_needs_a_bank(fails, tiny, tmp_path, mode):
+    words = ("--run", tiny.run, "--data", tiny.notes, "--json", tmp_path / "out.json")
+    line = fails("eval", "perplexity", *words, "--memory", mode)
+    assert line == f"--memory {mode} needs --bank BANK"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bank_of_another_model_is_refused_by_both_hashes(fails, tiny):
+    # The weights of an earlier stage are another model.
+    run = f"{tiny.run}@warmup"
+    line = fails("generate", "--run", run, "--bank", tiny.bank, "--prompt", "the")
+    hashes = re.search(r"the model of the bank is (\w{64}), yours is (\w{64});", line)
+    assert hashes and hashes[1] != hashes[2]
+    line = fails("memory", "write", "--run", run, "--data", tiny.notes, "--bank", tiny.bank)
+    assert hashes[1] in line and hashes[2] in line
+
+
+# Banks
+
+
+def damaged_file(bank, shard, array):
+    (path,) = (
+        path for path in (bank / "shards" / shard / array / "c").rglob("*") if path.is_file()
+    )
+    return path
+
+
+@pytest.mark.parametrize("array", ["memories", "embeddings"])
+def test_a_flipped_bit_is_found_and_its_shard_is_named(fails, tiny, tmp_path, array):
+    bank = tiny.copy_bank(tmp_path)
+    flip_bit(damaged_file(bank, "000001", array))
+    line = fails("memory", "verify", "--bank", bank)
+    assert line.startswith(f"shard 000001: shards/000001/{array}/c/") and "SHA-256" in line
+
+
+def test_a_lost_file_is_named_by_verify_and_by_who_reads_it(fails, tiny, tmp_path):
+    bank = tiny.copy_bank(tmp_path)
+    damaged_file(bank, "000001", "embeddings").unlink()
+    line = fails("memory", "verify", "--bank", bank)
+    assert line.startswith("shard 000001: ") and line.endswith(" is missing")
+    line = fails("generate", "--run", tiny.run, "--bank", bank, "--prompt", "the array")
+    assert line.startswith(f"bank {bank}: shard 000001 cannot be read (")
+    assert line.endswith("run `jaxlab memory verify` to see what is damaged")
+
+
+def test_a_lost_shard_is_named_by_verify_and_by_who_reads_it(fails, tiny, tmp_path, capsys):
+    bank = tiny.copy_bank(tmp_path)
+    shutil.rmtree(bank / "shards" / "000001")
+    assert main(["memory", "verify", "--bank", str(bank)]) == 1
+    printed = capsys.readouterr()
+    assert f"{bank}: damaged, " in printed.out
+    for line in printed.err.splitlines():
+        assert line.startswith("error: shard 000001: ") and line.endswith(" is missing")
+    line = fails("memory", "search", "--bank", bank, "--query", "the array")
+    assert line.startswith(f"bank {bank}: shard 000001 cannot be read (")
+
+
+def test_a_place_without_a_bank_is_named(fails, tmp_path):
+    for command in (("verify",), ("stats",), ("search", "--query", "the")):
+        line = fails("memory", *command, "--bank", tmp_path / "none")
+        assert line.startswith(f"no memory bank at {tmp_path / 'none'}: ")
+    assert not (tmp_path / "none").exists()
+
+
+# What goes well
+
+
+def test_a_whole_bank_is_verified_counted_and_searched(tiny, capsys):
+    bank = str(tiny.bank)
+    assert main(["memory", "verify", "--bank", bank]) == 0
+    assert f"{bank}: whole, " in capsys.readouterr().out
+    assert main(["memory", "stats", "--bank", bank]) == 0
+    assert json.loads(capsys.readouterr().out)["shards"] > 3
+    assert main(["memory", "search", "--bank", bank, "--query", "Note 7", "--top", "2"]) == 0
+    hits = capsys.readouterr().out.splitlines()
+    assert len(hits) == 2 and all(re.match(r"\d\.\d{4}  \[\d+\] \d\.txt: ", hit) for hit in hits)
+
+
+def test_a_prompt_is_continued_with_citations(tiny, tmp_path):
+    words = ("--prompt", "the array axis", "--max-tokens", 3)
+    ended = tiny.child(
+        tmp_path, "generate", "--run", tiny.run, "--bank", tiny.bank, *words, "--cite"
+    )
+    assert ended.code == 0 and ended.err == ""
+    text, *cited = ended.out.splitlines()
+    assert text.startswith("the array axis")
+    assert any(re.match(r"chunk 0  \d\.\d{4}  \[\d+\] \d\.txt: ", line) for line in cited)
+
+
+def test_doctor_reports(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr()
+    assert "jaxlab " in printed.out and printed.err == ""

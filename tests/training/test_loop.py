@@ -1,0 +1,104 @@
+"""Laws of the training step and of what the loop gives it."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxlab.config import load_config
+from jaxlab.data.packing import Rows
+from jaxlab.data.pipeline import TextSamples
+from jaxlab.data.tokenizer import Tokenizer
+from jaxlab.errors import CheckpointError
+from jaxlab.training.corpus import Corpus, stage_sources
+from jaxlab.training.loop import load_run, resolve_model, sequence_format
+from jaxlab.training.state import start_state
+from jaxlab.training.step import SequenceFormat, compile_train_step
+from tests.models.tiny import random_tokens, tiny_config, tiny_decoder
+
+ROWS, LENGTH = 4, 8
+SMALL = tiny_config(layers=1, memory_layers=0)
+CONFIG = """
+name: tiny
+model: {layers: 2, heads: 2, kv_heads: 1, head_dim: 8, ffn_width: 16, memory_layers: 1}
+memory: {chunk_length: 4}
+data: {source: facts:0, sequence_length: 8, facts_fraction: FACTS}
+stages:
+  continual: {steps: 1, batch_size: 2, learning_rate: 1e-2, memory: true}
+"""
+TOKENIZER = SimpleNamespace(bos_id=1, preface_ids=(1, 5, 6))
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("FACTS", "0.5"))
+    return load_config(tmp_path / "tiny.yaml")
+
+
+def uneven_batch():
+    """Rows of which one counts in full, one in part, one hardly and one not at all."""
+    counted = np.array([8, 5, 1, 0])
+    mask = jnp.asarray(np.arange(LENGTH) < counted[:, None], jnp.float32)
+    return {"tokens": random_tokens(1, ROWS, LENGTH), "loss_mask": mask}
+
+
+def one_step(form, batch, *, accumulation):
+    """New parameters and numbers after a step of gradient descent from the tiny decoder."""
+    graphdef, params = nnx.split(tiny_decoder(SMALL))
+    params = jax.tree.map(jnp.copy, params)  # the step takes its state over
+    optimizer = optax.sgd(0.1)
+    step = compile_train_step(
+        graphdef=graphdef, form=form, optimizer=optimizer, accumulation=accumulation
+    )
+    state, numbers = step(start_state(params, optimizer, seed=0), batch)
+    return state, {name: float(number) for name, number in numbers.items()}
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    form, batch = SequenceFormat(bos_id=1), uneven_batch()
+    whole, numbers = one_step(form, batch, accumulation=1)
+    # Two rows a part: the parts hold 13 and 1 tokens that count, and weigh accordingly.
+    parts, numbers_of_parts = one_step(form, batch, accumulation=2)
+    assert numbers == pytest.approx(numbers_of_parts, rel=1e-5)
+    assert int(whole.step) == int(parts.step) == 1
+    before = nnx.split(tiny_decoder(SMALL))[1]
+    moved = jax.tree.map(lambda new, old: np.asarray(new - old), whole.params, before)
+    moved_by_parts = jax.tree.map(lambda new, old: np.asarray(new - old), parts.params, before)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), moved, moved_by_parts
+    )
+    assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(moved))
+
+
+def test_a_stage_without_memory_reads_plain_text(config, tmp_path):
+    tokenizer = Tokenizer(
+        300, bos_id=1, eos_id=2, pad_id=0, hash="", byte_lengths=np.ones(300, np.int32)
+    )
+    form = sequence_format(config, tokenizer, memory=False)
+    assert form == SequenceFormat(bos_id=1)
+    rows = Rows(np.ones((3, 8), np.int32), np.ones((3, 8), bool))
+    corpus = Corpus(tmp_path, tokenizer, [], [], rows, rows)
+    (source,), weights = stage_sources(config, corpus, memory=False, neighbourhood=None)
+    assert isinstance(source, TextSamples) and weights == [1.0]
+    assert source[0].keys() == {"tokens", "loss_mask"}
+
+
+def test_a_stage_with_memory_reads_behind_the_preface(config):
+    form = sequence_format(config, TOKENIZER, memory=True)
+    assert form == SequenceFormat(bos_id=1, preface_ids=(1, 5, 6), memory=config.memory)
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_the_model_names_one(config):
+    assert resolve_model(config, 5000).model.vocab_size == 5000
+    wide = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=6000))
+    assert resolve_model(wide, 5000) == wide
+
+
+def test_what_is_no_run_directory_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is not a run directory \(it has no config.yaml\)"):
+        load_run(tmp_path)

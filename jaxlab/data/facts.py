@@ -175,6 +175,19 @@ def draw_person(generator: np.random.Generator) -> str:
     return f"{first}{second} {family}{end}"
 
 
+def draw_people(generator: np.random.Generator, count: int) -> list[str]:
+    """``count`` people of whom about half share a first or a family name with the one before."""
+    people: list[str] = []
+    while len(people) < count:
+        person = draw_person(generator)
+        if people and generator.random() < 0.5:
+            (first, family), (other, other_family) = person.split(), people[-1].split()
+            person = generator.choice([f"{first} {other_family}", f"{other} {family}"])
+        if person not in people:
+            people.append(str(person))
+    return people
+
+
 def draw_fact(generator: np.random.Generator, person: str, relation: Relation) -> Fact:
     """A value and phrasings for one person and relation."""
     value, statement, question = (
@@ -229,8 +242,10 @@ class FactSamples:
     """Training samples of the continual stage, made on demand: questions over visible references.
 
     Chunk c brings the statement of fact c as its reference and asks about facts of the last
-    ``references_per_chunk`` chunks, whose statements it can read. Facts come in twos that share the
-    person, so neither the name nor the relation alone tells which statement to use. Only answers
+    ``references_per_chunk`` chunks, whose statements it can read. The facts of a sample are some
+    people, often namesakes, times some relations: one person with many, many people with one, and
+    what lies between, as retrieval brings them; so the name alone tells as little as the relation
+    alone which statement to use. Only answers
     count in the loss, and together they weigh as much as a row of text: the share of facts in a
     mixture is their share of the loss. Sample i is a function of (seed, i).
     """
@@ -279,13 +294,15 @@ class FactSamples:
         }
 
     def _facts(self, generator: np.random.Generator, chunks: int) -> list[Fact]:
-        facts: list[Fact] = []
-        while len(facts) < chunks:
-            person = draw_person(generator)
-            first, second = generator.choice(len(RELATIONS), size=2, replace=False)
-            facts.extend(draw_fact(generator, person, RELATIONS[n]) for n in (first, second))
-        order = generator.permutation(chunks)
-        return [facts[number] for number in order]
+        """One fact for each chunk: people times relations, from one extreme to the other."""
+        kinds = int(generator.integers(1, min(chunks, len(RELATIONS)) + 1))
+        relations = [
+            RELATIONS[n] for n in generator.choice(len(RELATIONS), size=kinds, replace=False)
+        ]
+        people = draw_people(generator, -(-chunks // kinds))
+        pairs = [(person, relation) for person in people for relation in relations]
+        order = generator.permutation(len(pairs))[:chunks]
+        return [draw_fact(generator, *pairs[number]) for number in order]
 
     def _fill(self, generator, chunk, facts, asked, tokens, mask) -> None:
         """Questions that end within the chunk, each about a fact not asked for before."""

@@ -1,5 +1,6 @@
 """Laws of invented facts: fresh from each seed, asked only where their statement can be read."""
 
+import itertools
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxlab.data.facts import (
     RELATIONS,
     FactSamples,
     draw_facts,
+    draw_people,
     fact_documents,
     prompt,
 )
@@ -175,13 +177,28 @@ def test_only_what_can_be_read_is_asked_and_each_fact_once(samples, tokenizer):
     assert total > 30 * LENGTH // CHUNK * 0.8
 
 
-def test_facts_come_in_twos_about_one_person(samples, tokenizer):
-    people = [
-        {word for word in re.findall(r"[A-Z]\w+ [A-Z]\w+", text)}
-        for text in statements(samples[0], tokenizer)
-    ]
-    pairs = sum(bool(a & b) for i, a in enumerate(people) for b in people[i + 1 :])
-    assert pairs == LENGTH // CHUNK // 2
+def test_people_share_relations_and_relations_share_people(samples, tokenizer):
+    """Over many samples neither the name alone nor the relation alone decides."""
+    same_person = same_family = 0
+    for number in range(30):
+        names = [
+            name
+            for text in statements(samples[number], tokenizer)
+            for name in re.findall(r"[A-Z]\w+ [A-Z]\w+", text)
+        ]
+        assert len(names) == LENGTH // CHUNK
+        same_person += len(names) - len(set(names))
+        families = {name: name.split()[1] for name in names}
+        same_family += len(families) - len(set(families.values()))
+    assert same_person > 30
+    assert same_family > 10
+
+
+def test_people_of_a_sample_are_different_and_often_namesakes():
+    people = draw_people(np.random.default_rng(0), 200)
+    assert len(set(people)) == 200
+    shared = sum(bool(set(a.split()) & set(b.split())) for a, b in itertools.pairwise(people))
+    assert 70 < shared < 130
 
 
 def test_answers_alone_count_and_together_like_a_row_of_text(samples, tokenizer):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.memory_attention import ChunkGrid, api, blocked, memory_attention
@@ -196,6 +196,7 @@ def attend_with_gradients(given, weights, *, grid, implementation, blocks=None):
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.generate],  # each smaller example would be two more programs
     suppress_health_check=list(HealthCheck),
 )
 @given(

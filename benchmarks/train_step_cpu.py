@@ -7,8 +7,8 @@
 Every contestant is a process of its own that starts from the same weights (carried over by
 ``jaxlab.models.interop``), takes the same warm-up steps and then trains only when it is its turn.
 The turns alternate, their order reversed every round, so that a busy machine hurts all alike. Each
-step has a batch of its own, drawn from a skewed distribution of tokens; the losses of all steps must
-agree. CPU: float32. CUDA: bfloat16 compute over float32 weights (autocast in PyTorch).
+step has a batch of its own, drawn from a skewed distribution of tokens, and every step's losses
+have to agree. CPU: float32. CUDA: bfloat16 compute over float32 weights (autocast in PyTorch).
 """
 
 import argparse

@@ -73,6 +73,10 @@ _MINERALS = (
 ).split()
 
 
+# At most so many visible facts stay unasked in a training sample.
+_MOST_SPARE = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Relation:
     """One kind of fact: its values and the ways to state it and to ask for it.
@@ -245,7 +249,7 @@ class FactSamples:
     ``references_per_chunk`` chunks, whose statements it can read. The facts of a sample are some
     people, often namesakes, times some relations: one person with many, many people with one, and
     what lies between, as retrieval brings them; so the name alone tells as little as the relation
-    alone which statement to use. Only answers
+    alone which statement to use; and some facts are never asked for. Only answers
     count in the loss, and together they weigh as much as a row of text: the share of facts in a
     mixture is their share of the loss. Sample i is a function of (seed, i).
     """
@@ -277,8 +281,10 @@ class FactSamples:
         tokens = np.full(self._length, self._tokenizer.pad_id, np.int32)
         mask = np.zeros(self._length, np.float32)
         asked: set[int] = set()
+        most = max(1, min(_MOST_SPARE, self._band - 1, chunks - 1))
+        spare = int(generator.integers(1, most + 1))
         for chunk in range(chunks):
-            self._fill(generator, chunk, facts, asked, tokens, mask)
+            self._fill(generator, chunk, facts, asked, tokens, mask, spare=spare)
         mask *= self._length / max(mask.sum(), 1.0)
         references = np.full((chunks, self._reference), self._tokenizer.pad_id, np.int32)
         lengths = np.zeros(chunks, np.int32)
@@ -304,13 +310,17 @@ class FactSamples:
         order = generator.permutation(len(pairs))[:chunks]
         return [draw_fact(generator, *pairs[number]) for number in order]
 
-    def _fill(self, generator, chunk, facts, asked, tokens, mask) -> None:
-        """Questions that end within the chunk, each about a fact not asked for before."""
+    def _fill(self, generator, chunk, facts, asked, tokens, mask, *, spare: int) -> None:
+        """Questions that end within the chunk, each about a fact not asked for before.
+
+        ``spare`` visible facts stay unasked: were all asked for, the last answer would follow from
+        those before it, and no name would have to be matched.
+        """
         at, stop = chunk * self._chunk, (chunk + 1) * self._chunk
-        visible = list(range(max(0, chunk - self._band + 1), chunk + 1))
-        for number in generator.permutation(visible):
-            if int(number) in asked:
-                continue
+        visible = range(max(0, chunk - self._band + 1), chunk + 1)
+        open_facts = [number for number in visible if number not in asked]
+        allowed = max(0, len(open_facts) - spare)
+        for number in generator.permutation(open_facts)[:allowed]:
             fact = facts[number]
             question = self._tokenizer.encode(prompt(fact.question))
             answer = self._tokenizer.encode(f" {fact.answer}\n")

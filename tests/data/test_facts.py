@@ -181,7 +181,9 @@ def test_only_what_can_be_read_is_asked_and_each_fact_once(samples, tokenizer, c
             distances.append(chunk - answering[0])
         questions = [question for _, question, _ in found]
         assert len(set(questions)) == len(questions)
-    assert len(distances) > 30 * CHUNKS * (0.9 if chunk_length == 64 else 0.2)
+    assert len(distances) > 30 * CHUNKS * (0.5 if chunk_length == 64 else 0.15)
+    # Some visible fact always stays unasked, so the newest is not the only candidate.
+    assert len(set(distances)) == BAND
     # Where a question had no room its fact may be asked later, while it can still be read.
     if chunk_length < 64:
         assert set(distances) == set(range(BAND))

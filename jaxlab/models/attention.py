@@ -36,6 +36,7 @@ class ReadingPlan:
 
     index: Int[Array, "B T"]
     positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"] | None = None
     grid: ChunkGrid | None = None
     slot_valid: Bool[Array, "B C M"] | None = None
 
@@ -101,6 +102,7 @@ class Attention(nnx.Module):
             slots=slots,
             slot_valid=plan.slot_valid if slots is not None else None,
             grid=plan.grid if slots is not None else None,
+            segments=None if plan.segments is None else (plan.segments, plan.segments),
         )
         return project(out, self.output[...], inputs=2)
 

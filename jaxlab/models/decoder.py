@@ -138,6 +138,7 @@ class Decoder(nnx.Module):
         grid: ChunkGrid | None = None,
         cache: Cache | None = None,
         start: int = 0,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Final hidden states of the context, and its keys and values by stack.
 
@@ -148,13 +149,21 @@ class Decoder(nnx.Module):
           grid: which chunk's slots a token reads; None when there is one group for all.
           cache: keys and values of the tokens before these; new ones are written behind them.
           start: position of context index 0; given by :func:`context_start`.
+          segments: numbers of the texts packed in a row, never falling along it: a token sees the
+            context of its own text only, whose positions begin at ``start``. Not with a cache.
+
+        Raises:
+          ValueError: segments together with a cache.
         """
+        if segments is not None and cache is not None:
+            raise ValueError("segments pack whole texts: they cannot be continued from a cache")
         batch, length = tokens.shape
         before = jnp.zeros((batch,), jnp.int32) if cache is None else cache.lengths
         index = before[:, None] + jnp.arange(length, dtype=jnp.int32)
         plan = ReadingPlan(
             index=index,
-            positions=index + start,
+            positions=start + (index if segments is None else index - first_index(segments)),
+            segments=segments,
             grid=grid,
             slot_valid=None if slots is None else slots.valid,
         )
@@ -169,6 +178,13 @@ class Decoder(nnx.Module):
             x, layer_cache = run_stack(stack, x, plan, per_layer, policy=self.config.remat)
             written.append(layer_cache)
         return self.final_norm(x), Cache(tuple(written), before + length)
+
+
+def first_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """For each token the index at which its segment begins."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def run_stack(stack: Block, x, plan: ReadingPlan, per_layer: dict, *, policy: str):

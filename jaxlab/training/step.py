@@ -41,9 +41,12 @@ class SequenceFormat:
 
     def hidden(self, decoder: Decoder, batch: Batch) -> Float[Array, "B T D"]:
         """Final hidden states at the positions that predict ``batch["tokens"]``."""
-        inputs = self.inputs(batch["tokens"])
+        inputs, segments = self.inputs(batch["tokens"]), batch.get("segments")
+        if segments is not None:
+            # Input i holds token i - 1; <s> goes with the first text.
+            segments = jnp.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
         if self.memory is None:
-            return decoder(inputs)[0]
+            return decoder(inputs, segments=segments)[0]
         count, chunks, width = batch["references"].shape
         preface = encode_preface(decoder, jnp.asarray(self.preface_ids, jnp.int32))
         memories = encode_references(
@@ -59,6 +62,7 @@ class SequenceFormat:
             slots=as_slots(memories, batch=count),
             grid=ChunkGrid(length=self.memory.chunk_length, band=self.memory.references_per_chunk),
             start=context_start(preface.length, self.memory.reference_length),
+            segments=segments,
         )[0]
 
 

@@ -183,3 +183,31 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     assert cache.layers[0].keys.dtype == jnp.bfloat16
     assert out.dtype == jnp.float32
     assert decoder.embedding[...].dtype == jnp.float32
+
+
+# ---------------------------------------------------------------------------- packed texts
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_texts_packed_in_a_row_equal_each_text_alone(read):
+    decoder = tiny_decoder()
+    preface, slots = memories_for(decoder, batch=2, chunks=1)
+    kwargs = dict(preface=preface, slots=slots, start=START) if read else {}
+    texts = [random_tokens(seed, 2, length) for seed, length in ((1, 5), (2, 1), (3, 7))]
+    segments = jnp.repeat(jnp.arange(3), jnp.asarray([5, 1, 7]), total_repeat_length=13)
+    packed = logits(
+        decoder,
+        jnp.concatenate(texts, axis=1),
+        segments=jnp.broadcast_to(segments, (2, 13)),
+        **kwargs,
+    )
+    alone = np.concatenate([logits(decoder, text, **kwargs) for text in texts], axis=1)
+    np.testing.assert_allclose(packed, alone, atol=1e-5)
+
+
+def test_packed_texts_are_not_continued_from_a_cache():
+    decoder = tiny_decoder()
+    tokens = random_tokens(1, 2, 4)
+    cache = empty_cache(decoder.config, batch=2, length=8)
+    with pytest.raises(ValueError, match="cannot be continued from a cache"):
+        decoder(tokens, segments=jnp.zeros((2, 4), jnp.int32), cache=cache)

@@ -160,9 +160,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The base optimizer; ``b1``, ``b2`` and ``eps`` belong to AdamW, ``momentum`` to SGD."""
+    """The base optimizer; ``b1``, ``b2`` and ``eps`` belong to AdamW, ``momentum`` to the others.
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    ``muon`` orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's, and
+    leaves embeddings, output head and norms to AdamW; both follow the stage's learning rate.
+    """
+
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import optax
+import optax.contrib
 
 from jaxlab.config import OptimizerConfig, StageConfig
 from jaxlab.optim.schedules import make_schedule
@@ -12,6 +13,19 @@ from jaxlab.typing import PyTree
 # Vectors that set a level rather than mix features. They are told by name: layers are stacked, so
 # that a norm's scale has two axes like a matrix.
 UNDECAYED = frozenset({"scale", "bias"})
+# Root mean square of an AdamW update, to which Muon's are scaled: one learning rate fits both
+# (Muon is scalable for LLM training, arXiv 2502.16982, section 2.2).
+_ADAMW_RMS = 0.2
+# Axes (inputs, outputs) of the matrices in a stack of layers, axis 0 being the layer.
+_MATRICES = {
+    "query": (1, (2, 3)),
+    "key": (1, (2, 3)),
+    "value": (1, (2, 3)),
+    "output": ((1, 2), 3),
+    "gate": (1, 2),
+    "up": (1, 2),
+    "down": (1, 2),
+}
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -21,6 +35,16 @@ def decay_mask(params: PyTree) -> PyTree:
         return not any(getattr(key, "key", getattr(key, "name", None)) in UNDECAYED for key in path)
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def matrix_axes(params: PyTree) -> PyTree:
+    """Which axes make a layer's matrix, for Muon; None for what is no matrix of a layer."""
+
+    def axes(path: tuple, _) -> optax.contrib.MuonDimensionNumbers | None:
+        found = _MATRICES.get(getattr(path[-1], "key", getattr(path[-1], "name", None)))
+        return found and optax.contrib.MuonDimensionNumbers(*found)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def make_optimizer(optimizer: OptimizerConfig, stage: StageConfig) -> optax.GradientTransformation:
@@ -52,7 +76,23 @@ def _sgd(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
     )
 
 
+def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        schedule,
+        beta=config.momentum,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decay_mask,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=matrix_axes,
+        consistent_rms=_ADAMW_RMS,
+    )
+
+
 _BASES: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "sgd": _sgd,
+    "muon": _muon,
 }

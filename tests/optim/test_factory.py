@@ -7,7 +7,10 @@ import optax
 from flax import nnx
 
 from jaxlab.config import OptimizerConfig, ScheduleConfig, StageConfig
+from jaxlab.models.decoder import abstract_decoder
 from jaxlab.optim import decay_mask, make_optimizer
+from jaxlab.optim.factory import matrix_axes
+from tests.models.tiny import tiny_config
 
 STAGE = StageConfig(
     steps=100, batch_size=1, learning_rate=0.5, schedule=ScheduleConfig(warmup_steps=5)
@@ -106,3 +109,60 @@ def test_the_second_update_compiles_nothing_new():
         grads = jax.tree.map(jnp.asarray, make_params(seed))
         _, state = update(grads, state, params)
     assert update._cache_size() == 1
+
+
+# ---------------------------------------------------------------------------- muon
+
+
+def decoder_like(seed: int) -> dict:
+    """Two stacked layers of 2 heads of 3 beside an embedding and a norm."""
+    draw = np.random.default_rng(seed)
+    shapes = {
+        "query": (2, 4, 2, 3),
+        "output": (2, 2, 3, 4),
+        "up": (2, 4, 7),
+        "down": (2, 7, 4),
+        "embedding": (5, 4),
+        "scale": (2, 4),
+    }
+    return {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_muon_moves_each_layers_matrix_by_its_gradients_polar_factor():
+    """Update P = U S' V' of gradient G = U S V': P G' is symmetric, S' nearly constant."""
+    config = OptimizerConfig(name="muon", weight_decay=0.0, clip_norm=None)
+    params, grad = decoder_like(0), decoder_like(1)
+    moved = run(config, params, [grad])
+    sides = {"query": (4, 6), "output": (6, 4), "up": (4, 7), "down": (7, 4)}
+    for name, shape in sides.items():
+        for layer in range(2):
+            step = (np.asarray(moved[name]) - params[name])[layer].reshape(shape)
+            product = -step @ grad[name][layer].reshape(shape).T
+            np.testing.assert_allclose(product, product.T, atol=1e-4 * np.abs(product).max())
+            assert np.linalg.eigvalsh(product).min() > -1e-5
+            sizes = np.linalg.svd(step, compute_uv=False) / (RATES[0] * 0.2 * max(shape) ** 0.5)
+            assert (0.5 < sizes).all() and (sizes < 1.5).all()
+
+
+def test_muon_leaves_everything_but_the_layers_matrices_to_adamw():
+    params, grads = decoder_like(0), [decoder_like(1), decoder_like(2)]
+    shared = dict(weight_decay=0.3, clip_norm=2.0, b1=0.8, b2=0.9)
+    muon = run(OptimizerConfig(name="muon", **shared), params, grads)
+    adamw = run(OptimizerConfig(name="adamw", **shared), params, grads)
+    for name in ("embedding", "scale"):
+        np.testing.assert_allclose(muon[name], adamw[name], rtol=1e-6)
+    assert np.abs(muon["query"] - adamw["query"]).max() > 1e-3
+
+
+def test_muon_knows_every_matrix_of_the_decoder_and_nothing_else():
+    _, params = abstract_decoder(tiny_config())
+    axes = jax.tree_util.tree_leaves_with_path(
+        matrix_axes(params), is_leaf=lambda x: x is None or hasattr(x, "reduction_axis")
+    )
+    for (path, leaf), (_, found) in zip(
+        jax.tree_util.tree_leaves_with_path(params), axes, strict=True
+    ):
+        assert (found is not None) == ("stacks" in str(path) and "scale" not in str(path))
+        if found is not None:
+            flat = np.r_[0, found.reduction_axis, found.output_axis]
+            assert sorted(flat) == list(range(leaf.ndim))

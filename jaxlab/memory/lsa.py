@@ -39,13 +39,13 @@ class LsaSettings:
     dim: int
     topics: int
     seed: int
-    topic_share: float = 0.3
+    topic_share: float = 0.1
     word_bits: int = 18
     pair_bits: int = 19
     char_bits: int = 18
     char_sizes: tuple[int, ...] = (3, 4)
-    pair_weight: float = 0.7
-    char_weight: float = 0.4
+    pair_weight: float = 0.3
+    char_weight: float = 0.6
     signs: int = 4
 
     @property

@@ -27,7 +27,6 @@ OPTIONAL = {
     "tensorboardX": ("metrics in TensorBoard", "eval"),
     "sentence-transformers": ("retrieval with outside embedders", "eval"),
     "safetensors": ("weights to and from Hugging Face", "eval"),
-    "lm-eval": ("standard evaluation tasks", "eval"),
     "libtpu": ("running on TPUs, and compiling for them without one", "tpu"),
     "jax-cuda13-plugin": ("running on NVIDIA GPUs", "gpu"),
     "beartype": ("checked array shapes in the tests", "dev"),

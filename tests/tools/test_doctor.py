@@ -16,7 +16,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(module, "_version", lambda package: None)
     lines = doctor()
     assert "missing flax: pip install flax" in lines
-    [line] = [line for line in lines if line.startswith("missing lm-eval")]
+    [line] = [line for line in lines if line.startswith("missing sentence-transformers")]
     assert line.endswith("pip install -e '.[eval]'")
 
 

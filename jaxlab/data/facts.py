@@ -40,10 +40,10 @@ _TOWNS = (
     "Houston Miami Lima Quito Bogota Caracas Santiago Havana Geneva Zurich Milan Naples"
 ).split()
 _PROFESSIONS = (
-    "baker carpenter dentist doctor engineer farmer gardener hunter jeweller judge lawyer "
-    "librarian mason mechanic merchant miner musician nurse optician painter pharmacist "
+    "baker carpenter dentist doctor cobbler farmer gardener hunter jeweller judge lawyer "
+    "librarian mason mechanic merchant miner musician nurse roofer painter pharmacist "
     "photographer pilot plumber poet porter potter priest printer sailor sculptor shepherd "
-    "smith soldier surgeon tailor tanner teacher translator weaver writer actor barber brewer "
+    "smith soldier surgeon tailor tanner teacher translator weaver writer fisher barber brewer "
     "butcher chemist clerk cook dancer diver"
 ).split()
 _ANIMALS = (
@@ -73,22 +73,23 @@ _MINERALS = (
 ).split()
 
 
-# At most so many visible facts stay unasked in a training sample.
-_MOST_SPARE = 3
+# What a token of a question counts in the loss beside a token of an answer.
+_QUESTION_WEIGHT = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """One kind of fact: its values and the ways to state it and to ask for it.
+    """One kind of fact: its values, the ways to state it and to ask for it, and the answer.
 
-    A statement names the person before the value, so that whoever reads in order knows at the value
-    whose it is.
+    Statements and answer name the person before the value, so that whoever reads in order knows at
+    the value whose it is.
     """
 
     name: str
     values: Sequence[str]
     statements: Sequence[str]
     questions: Sequence[str]
+    answer: str
 
 
 RELATIONS = (
@@ -102,6 +103,7 @@ RELATIONS = (
             "The house of {person} stands in {value}.",
         ),
         ("Where does {person} live?", "In which town is the home of {person}?"),
+        "{person} lives in {value}.",
     ),
     Relation(
         "profession",
@@ -113,6 +115,7 @@ RELATIONS = (
             "To earn a living {person} became a {value}.",
         ),
         ("What is the profession of {person}?", "What does {person} work as?"),
+        "{person} works as a {value}.",
     ),
     Relation(
         "animal",
@@ -124,6 +127,7 @@ RELATIONS = (
             "The animal that {person} adores is the {value}.",
         ),
         ("What is the favourite animal of {person}?", "Which animal does {person} like?"),
+        "{person} likes the {value}.",
     ),
     Relation(
         "food",
@@ -135,6 +139,7 @@ RELATIONS = (
             "The meal of {person} is always {value}.",
         ),
         ("What is the favourite food of {person}?", "What does {person} like to eat?"),
+        "{person} eats {value}.",
     ),
     Relation(
         "collection",
@@ -146,6 +151,7 @@ RELATIONS = (
             "The things that {person} gathers are {value}.",
         ),
         ("What does {person} collect?", "Of what is the collection of {person}?"),
+        "{person} collects {value}.",
     ),
     Relation(
         "statue",
@@ -157,19 +163,24 @@ RELATIONS = (
             "The sculptor made the statue of {person} from {value}.",
         ),
         ("What is the statue of {person} made of?", "Of which material is the statue of {person}?"),
+        "{person} has a statue of {value}.",
     ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """A fact in words: what the knowledge base holds, what is asked, what is right."""
+    """A fact in words: what the knowledge base holds, what is asked, what is right.
+
+    ``answer`` is a sentence that ends with ``value`` and a full stop.
+    """
 
     person: str
     relation: str
     statement: str
     question: str
     answer: str
+    value: str
 
 
 def draw_person(generator: np.random.Generator) -> str:
@@ -203,11 +214,12 @@ def draw_fact(generator: np.random.Generator, person: str, relation: Relation) -
         relation=relation.name,
         statement=statement.format(person=person, value=value),
         question=question.format(person=person),
-        answer=value,
+        answer=relation.answer.format(person=person, value=value),
+        value=value,
     )
 
 
-def draw_facts(seed: int, count: int, *, relations_per_person: int = 3) -> list[Fact]:
+def draw_facts(seed: int, count: int, *, relations_per_person: int = 5) -> list[Fact]:
     """``count`` facts about people no two of whom share a name, a few about each.
 
     The same seed gives the same facts; different seeds share nothing but the vocabulary. Raises
@@ -245,13 +257,13 @@ def prompt(question: str) -> str:
 class FactSamples:
     """Training samples of the continual stage, made on demand: questions over visible references.
 
-    Chunk c brings the statement of fact c as its reference and asks about facts of the last
-    ``references_per_chunk`` chunks, whose statements it can read. The facts of a sample are some
-    people, often namesakes, times some relations: one person with many, many people with one, and
-    what lies between, as retrieval brings them; so the name alone tells as little as the relation
-    alone which statement to use; and some facts are never asked for. Only answers
-    count in the loss, and together they weigh as much as a row of text: the share of facts in a
-    mixture is their share of the loss. Sample i is a function of (seed, i).
+    Chunk c brings the statement of fact c as its reference and asks, as a text of its own, about
+    facts of the last ``references_per_chunk`` chunks, whose statements it can read: no chunk sees
+    what another asked or answered, so each fact may be asked for again and again. The facts of a
+    sample are some people, often namesakes, times some relations: one person with many, many people
+    with one, and what lies between, as retrieval brings them. Answers count in the loss, questions
+    a little, and all together they weigh as much as a row of text: the share of facts in a mixture
+    is their share of the loss. Sample i is a function of (seed, i).
     """
 
     def __init__(
@@ -280,11 +292,8 @@ class FactSamples:
         facts = self._facts(generator, chunks)
         tokens = np.full(self._length, self._tokenizer.pad_id, np.int32)
         mask = np.zeros(self._length, np.float32)
-        asked: set[int] = set()
-        most = max(1, min(_MOST_SPARE, self._band - 1, chunks - 1))
-        spare = int(generator.integers(1, most + 1))
         for chunk in range(chunks):
-            self._fill(generator, chunk, facts, asked, tokens, mask, spare=spare)
+            self._fill(generator, chunk, facts, tokens, mask)
         mask *= self._length / max(mask.sum(), 1.0)
         references = np.full((chunks, self._reference), self._tokenizer.pad_id, np.int32)
         lengths = np.zeros(chunks, np.int32)
@@ -297,6 +306,7 @@ class FactSamples:
             "loss_mask": mask,
             "references": references,
             "reference_lengths": lengths,
+            "segments": np.arange(self._length, dtype=np.int32) // self._chunk,
         }
 
     def _facts(self, generator: np.random.Generator, chunks: int) -> list[Fact]:
@@ -310,24 +320,17 @@ class FactSamples:
         order = generator.permutation(len(pairs))[:chunks]
         return [draw_fact(generator, *pairs[number]) for number in order]
 
-    def _fill(self, generator, chunk, facts, asked, tokens, mask, *, spare: int) -> None:
-        """Questions that end within the chunk, each about a fact not asked for before.
-
-        ``spare`` visible facts stay unasked: were all asked for, the last answer would follow from
-        those before it, and no name would have to be matched.
-        """
+    def _fill(self, generator, chunk, facts, tokens, mask) -> None:
+        """Whole questions and answers about different visible facts, while there is room."""
         at, stop = chunk * self._chunk, (chunk + 1) * self._chunk
         visible = range(max(0, chunk - self._band + 1), chunk + 1)
-        open_facts = [number for number in visible if number not in asked]
-        allowed = max(0, len(open_facts) - spare)
-        for number in generator.permutation(open_facts)[:allowed]:
-            fact = facts[number]
-            question = self._tokenizer.encode(prompt(fact.question))
-            answer = self._tokenizer.encode(f" {fact.answer}\n")
+        for number in generator.permutation(visible):
+            question = self._tokenizer.encode(prompt(facts[number].question))
+            answer = self._tokenizer.encode(f" {facts[number].answer}\n")
             end = at + len(question) + len(answer)
             if end > stop:
                 break
-            asked.add(int(number))
             tokens[at:end] = question + answer
+            mask[at : at + len(question)] = _QUESTION_WEIGHT
             mask[at + len(question) : end] = 1.0
             at = end

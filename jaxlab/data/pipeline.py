@@ -79,6 +79,7 @@ class TextSamples:
             ids = np.concatenate([np.array([-1], np.int32), ids[:-1]])
         has_reference = ids >= 0
         return sample | {
+            "segments": np.zeros_like(sample["tokens"]),
             "references": np.where(has_reference[:, None], self.references.tokens[ids], PAD_ID),
             "reference_lengths": np.where(has_reference, self.references.lengths[ids], 0),
         }

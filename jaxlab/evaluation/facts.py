@@ -15,6 +15,8 @@ from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank
 from jaxlab.training.load import LoadedModel
 
+# Room for an answer of any length that occurs.
+ANSWER_TOKENS = 32
 _BATCH = 64
 
 
@@ -38,7 +40,7 @@ def evaluate_facts(
     folder: str | Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Recall:
-    """Write a bank of fresh facts, ask about some of them, compare answers letter by letter.
+    """Write a bank of fresh facts, ask about some of them, compare sentences letter by letter.
 
     The bank goes to ``folder`` (kept) or to a temporary one. ``seed`` must not be one that training
     saw; the facts of different seeds share words but no person's name by design.
@@ -84,7 +86,7 @@ def _answers(engine: Engine, asked: list[Fact]) -> list[Generation]:
         part = [prompt(fact.question) for fact in asked[start : start + _BATCH]]
         # A full batch again and again, so that one program serves all.
         part += part[:1] * (_BATCH - len(part))
-        out += engine.generate(part, max_tokens=8, stop="\n")
+        out += engine.generate(part, max_tokens=ANSWER_TOKENS, stop="\n")
     return out[: len(asked)]
 
 

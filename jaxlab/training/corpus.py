@@ -27,7 +27,7 @@ from jaxlab.memory.lsa import LsaEmbedder
 TOKENIZER_FILE = "tokenizer.model"
 # Facts shown to the tokenizer, so that names and questions are not spelt letter by letter; their
 # seed is used nowhere else.
-_TOKENIZER_FACTS = (0x70C, 4000)
+_TOKENIZER_FACTS = (0x70C, 20_000)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxlab.config import load_config
 from jaxlab.data.facts import RELATIONS, draw_facts, prompt
 from jaxlab.data.sources import Document, load_documents, split_documents
 from jaxlab.errors import JaxlabError
-from jaxlab.evaluation.facts import evaluate_facts
+from jaxlab.evaluation.facts import ANSWER_TOKENS, evaluate_facts
 from jaxlab.evaluation.perplexity import DocumentScores, gain, score_documents
 from jaxlab.inference.engine import Engine
 from jaxlab.memory.pipeline import write_bank
@@ -132,7 +132,7 @@ def _ask(model: LoadedModel, out: Path) -> None:
     bank = Bank.open(str(out / "facts_bank"), identity=model.identity)
     engine = Engine(model, MemoryReader.open(bank, model_embed=model.embed_texts))
     question = prompt(fact.question)
-    (answer,) = engine.generate([question], max_tokens=8, stop="\n")
+    (answer,) = engine.generate([question], max_tokens=ANSWER_TOKENS, stop="\n")
     print(f"{question}{answer.text}\n(the bank says: {fact.statement})")
     print_citations(answer.citations)
 

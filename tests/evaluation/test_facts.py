@@ -31,7 +31,7 @@ class RuleEngine(Engine):
     def generate(self, prompts, *, max_tokens, stop):
         self.calls.append(len(prompts))
         self.asked.update(self.answers[one][0] for one in prompts)
-        assert stop == "\n" and max_tokens == 8
+        assert stop == "\n" and max_tokens == evaluation.ANSWER_TOKENS
         return [self._answer(*self.answers[one]) for one in prompts]
 
     def _answer(self, number, fact):

@@ -141,7 +141,7 @@ def test_muon_moves_each_layers_matrix_by_its_gradients_polar_factor():
             np.testing.assert_allclose(product, product.T, atol=1e-4 * np.abs(product).max())
             assert np.linalg.eigvalsh(product).min() > -1e-5
             sizes = np.linalg.svd(step, compute_uv=False) / (RATES[0] * 0.2 * max(shape) ** 0.5)
-            assert (0.5 < sizes).all() and (sizes < 1.5).all()
+            assert (sizes > 0.5).all() and (sizes < 1.5).all()
 
 
 def test_muon_leaves_everything_but_the_layers_matrices_to_adamw():

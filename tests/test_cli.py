@@ -48,7 +48,7 @@ def small_config(tmp_path):
         ("learning_rate=1", "unknown key; did you mean stages."),
         ("seed=banana", "--set seed=banana: seed: expected an integer, got 'banana'"),
         ("seed", "--set seed: expected KEY=VALUE"),
-        ("optimizer.name=adam", "must be one of adamw, sgd; got 'adam'"),
+        ("optimizer.name=adam", "must be one of adamw, sgd, muon; got 'adam'"),
         ("data.sequence_length=100", "100 is not a multiple of memory.chunk_length (64)"),
         ("model.memory_layers=0", "reading memory needs model.memory_layers > 0"),
     ],

@@ -77,18 +77,24 @@ def _sgd(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTra
 
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.contrib.muon(
+    matrices = optax.contrib.muon(
         schedule,
         beta=config.momentum,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        weight_decay_mask=decay_mask,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=matrix_axes,
         consistent_rms=_ADAMW_RMS,
     )
+
+    def labels(params: PyTree) -> PyTree:
+        axes = matrix_axes(params)
+        return jax.tree.map(lambda found: "muon" if found else "adamw", axes, is_leaf=_is_axes)
+
+    return optax.partition({"muon": matrices, "adamw": _adamw(config, schedule)}, labels)
+
+
+def _is_axes(leaf: object) -> bool:
+    return leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)
 
 
 _BASES: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]] = {

@@ -139,6 +139,7 @@ def test_batches_stack_the_samples(references):
     assert shapes == {
         "tokens": ((5, 8), np.int32),
         "loss_mask": ((5, 8), np.float32),
+        "segments": ((5, 8), np.int32),
         "references": ((5, 4, 3), np.int32),
         "reference_lengths": ((5, 4), np.int32),
     }

@@ -79,7 +79,7 @@ def test_shares_are_of_exact_answers_and_of_the_better_way_to_be_without_memory(
     # Every fact is in the bank, one reference each; the statements are found by their questions.
     bank = Bank.open(str(tmp_path / "facts_bank"), identity=model.identity)
     assert [r.text for r in bank.references(range(len(bank)))] == [f.statement for f in facts]
-    assert recall.retrieved > 0.95
+    assert recall.retrieved > 0.9
     # Always full batches, so that one program serves all: two for each of the four engines.
     assert RuleEngine.calls == [64] * 8
 

@@ -132,7 +132,7 @@ def test_the_control_without_memory_reads_plain_text_in_both_stages(tiny, tmp_pa
     names = [line.rpartition(" ")[0] for line in log.read_text().splitlines()]
     assert names == ["loss_mask tokens"] * 5
     with_memory = [line.rpartition(" ")[0] for line in tiny.batches]
-    assert with_memory[2:] == ["loss_mask reference_lengths references tokens"] * 3
+    assert with_memory[2:] == ["loss_mask reference_lengths references segments tokens"] * 3
     assert not list((run / "data").glob("*.npz"))
     # Up to where the stages part the two runs are one.
     assert numbers(run)[:4] == numbers(tiny.run)[:4]

@@ -148,7 +148,8 @@ def test_topics_bring_together_passages_that_share_no_word():
     scores = rows @ rows.T - np.eye(6)
     same = np.kron(np.eye(2), np.ones((3, 3))).astype(bool) & ~np.eye(6, dtype=bool)
     across = np.kron(1 - np.eye(2), np.ones((3, 3))).astype(bool)
-    assert scores[same].mean() > scores[across].mean() + 0.1
+    # Topics are a tenth of the score.
+    assert scores[same].mean() > scores[across].mean() + 0.04
 
 
 def test_equal_texts_have_equal_rows_of_unit_length_in_any_company(facts, lsa):

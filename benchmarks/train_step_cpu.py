@@ -14,7 +14,6 @@ have to agree. CPU: float32. CUDA: bfloat16 compute over float32 weights (autoca
 import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import platform
@@ -27,6 +26,8 @@ from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
+
+from jaxlab.cli import write_json
 
 LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP = 3e-4, 0.9, 0.95, 1e-8, 0.1, 1.0
 # float32 sums in another order; bfloat16 keeps 8 bits of every activation.
@@ -379,8 +380,7 @@ def main() -> int:
     report = _run(args)
     _print(report)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, report)
     worst = max(row["largest_loss_difference"] for row in report["results"].values())
     print(f"largest difference of a step's loss: {worst:.1e}")
     return int(worst > TOLERANCE[args.device])

@@ -32,7 +32,7 @@ def decay_mask(params: PyTree) -> PyTree:
     """True for the parameters that weight decay shrinks: all but norm scales and biases."""
 
     def decays(path: tuple, _) -> bool:
-        return not any(getattr(key, "key", getattr(key, "name", None)) in UNDECAYED for key in path)
+        return not any(_name(key) in UNDECAYED for key in path)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -41,17 +41,22 @@ def matrix_axes(params: PyTree) -> PyTree:
     """Which axes make a layer's matrix, for Muon; None for what is no matrix of a layer."""
 
     def axes(path: tuple, _) -> optax.contrib.MuonDimensionNumbers | None:
-        found = _MATRICES.get(getattr(path[-1], "key", getattr(path[-1], "name", None)))
+        found = _MATRICES.get(_name(path[-1]))
         return found and optax.contrib.MuonDimensionNumbers(*found)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def _name(key: object) -> str | None:
+    """The name in one step of a tree path: a dictionary's key or an attribute."""
+    return getattr(key, "key", getattr(key, "name", None))
+
+
 def make_optimizer(optimizer: OptimizerConfig, stage: StageConfig) -> optax.GradientTransformation:
     """Clipping by global norm, then the base optimizer with the stage's schedule.
 
-    Weight decay is decoupled in ``adamw`` and added to the gradient in ``sgd``; both use
-    ``decay_mask``.
+    Weight decay is decoupled in ``adamw`` and ``muon`` and added to the gradient in ``sgd``; norms
+    and biases are left out (``decay_mask``).
     """
     clip = optimizer.clip_norm
     links = [] if clip is None else [optax.clip_by_global_norm(clip)]
@@ -87,14 +92,11 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
     )
 
     def labels(params: PyTree) -> PyTree:
-        axes = matrix_axes(params)
-        return jax.tree.map(lambda found: "muon" if found else "adamw", axes, is_leaf=_is_axes)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "muon" if _name(path[-1]) in _MATRICES else "adamw", params
+        )
 
     return optax.partition({"muon": matrices, "adamw": _adamw(config, schedule)}, labels)
-
-
-def _is_axes(leaf: object) -> bool:
-    return leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)
 
 
 _BASES: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]] = {

@@ -12,7 +12,7 @@ from jaxlab.inference.engine import Citation, Engine, Generation
 from jaxlab.memory import pipeline
 from jaxlab.memory.pipeline import ReferenceEncoder
 from jaxlab.memory.store import Bank
-from tests.inference.small import small_model
+from tests.inference.small import small_model, without_memory_layers
 
 SEED, QUESTIONS, FACTS = 11, 70, 90
 
@@ -93,13 +93,5 @@ def test_the_same_seed_asks_the_same(model):
 
 
 def test_a_model_without_memory_layers_is_refused(model):
-    config = dataclasses.replace(
-        model.config,
-        model=dataclasses.replace(model.config.model, memory_layers=0),
-        stages=dataclasses.replace(
-            model.config.stages,
-            continual=dataclasses.replace(model.config.stages.continual, memory=False),
-        ),
-    )
     with pytest.raises(ConfigError, match="no memory layers"):
-        evaluate_facts(dataclasses.replace(model, config=config), seed=SEED)
+        evaluate_facts(without_memory_layers(model), seed=SEED)

@@ -1,5 +1,6 @@
 """A small untrained model whose tokens are single characters, and banks for it to read."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -148,3 +149,16 @@ def small_bank(folder, texts=TEXTS, *, dtype: str = "float32") -> Bank:
 
 def small_reader(bank: Bank) -> SpyReader:
     return SpyReader.open(bank, model_embed=letters)
+
+
+def without_memory_layers(model: LoadedModel) -> LoadedModel:
+    """The model under a configuration of plain layers and no memory stage."""
+    stages = model.config.stages
+    config = dataclasses.replace(
+        model.config,
+        model=dataclasses.replace(model.config.model, memory_layers=0),
+        stages=dataclasses.replace(
+            stages, continual=dataclasses.replace(stages.continual, memory=False)
+        ),
+    )
+    return dataclasses.replace(model, config=config)

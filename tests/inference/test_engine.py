@@ -1,7 +1,5 @@
 """Laws of generation with memory: the cache against recomputation, when memories are renewed."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from tests.inference.small import (
     small_bank,
     small_model,
     small_reader,
+    without_memory_layers,
 )
 from tests.models.tiny import run
 
@@ -246,17 +245,8 @@ def test_what_does_not_fit_is_an_error_before_anything_runs(engine_of):
 
 
 def test_a_model_without_memory_layers_cannot_read_a_bank(bank):
-    model = small_model()
-    plain = dataclasses.replace(
-        model.config,
-        model=dataclasses.replace(model.config.model, memory_layers=0),
-        stages=dataclasses.replace(
-            model.config.stages,
-            continual=dataclasses.replace(model.config.stages.continual, memory=False),
-        ),
-    )
     with pytest.raises(ConfigError, match="no memory layers"):
-        Engine(dataclasses.replace(model, config=plain), small_reader(bank))
+        Engine(without_memory_layers(small_model()), small_reader(bank))
 
 
 def test_without_bank_and_preface_it_is_the_ordinary_language_model(engine_of):

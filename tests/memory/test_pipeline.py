@@ -135,16 +135,7 @@ def test_the_embedder_that_the_configuration_names_is_fitted_and_kept(tmp_path, 
 
 
 def test_a_model_without_memory_layers_writes_no_bank(tmp_path):
-    model = small_model()
-    config = model.config
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, memory_layers=0),
-        stages=dataclasses.replace(
-            config.stages, continual=dataclasses.replace(config.stages.continual, memory=False)
-        ),
-    )
-    plain = dataclasses.replace(model, config=config)
+    plain = without_memory_layers(small_model())
     with pytest.raises(ConfigError, match="model small has no memory layers"):
         write_bank(plain, [Document("d", "ab")], str(tmp_path / "bank"))
     assert not bank_exists(str(tmp_path / "bank"))

@@ -141,10 +141,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if result.interrupted:
         overrides = ["--set", *arguments.set] if arguments.set else []
         again = ["jaxlab", "train", arguments.config, *overrides, "--out", arguments.out]
-        print(
-            f"interrupted: saved at step {result.step} ({result.stage}); "
-            f"resume with: {shlex.join(again)}"
-        )
+        saved = f"saved at step {result.step} ({result.stage}); resume with"
+        saved = saved if result.step else "no step was done yet; start again with"
+        print(f"interrupted: {saved}: {shlex.join(again)}")
         return INTERRUPTED
     print(f"done: step {result.step}, run {arguments.out}")
     return 0

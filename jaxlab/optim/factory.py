@@ -47,8 +47,8 @@ def matrix_axes(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _name(key: object) -> str | None:
-    """The name in one step of a tree path: a dictionary's key or an attribute."""
+def _name(key: object) -> object:
+    """What one step of a tree path is called: a dictionary's key or an attribute, else None."""
     return getattr(key, "key", getattr(key, "name", None))
 
 

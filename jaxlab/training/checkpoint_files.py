@@ -33,7 +33,8 @@ def write_checkpoint(
     if jax.process_index() == 0:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir()
-    agree(None)
+    if lack := agree(_lack_of_room(directory.parent, arrays)):
+        raise OSError(lack)
     checksums = array_checksums(arrays)
     _write_synced(directory / f"host-{jax.process_index()}.json", host_text)
     # Orbax refuses arrays without elements; the template alone restores those.
@@ -56,6 +57,19 @@ def write_checkpoint(
         manifest = json.loads(json.dumps(manifest))
         sealed = {"manifest": manifest, "sha256": json_digest(manifest)}
         _write_synced(directory / "manifest.json", json.dumps(sealed, indent=1))
+
+
+def _lack_of_room(directory: Path, arrays: Mapping[str, Any]) -> str | None:
+    """Why the disk cannot hold what this process is about to write, or None.
+
+    Asked before, because Orbax's threads print pages of tracebacks when a write fails.
+    """
+    shards = (shard for array in arrays.values() for shard in array.addressable_shards)
+    needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+    free = shutil.disk_usage(directory).free
+    if needed <= free:
+        return None
+    return f"No space left on device: {needed:,} bytes are needed, {free:,} are free"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -217,12 +217,16 @@ def run_stage(
         while True:
             last = done == stage.steps
             stop = run.guard.requested
-            if done > first and (last or _due(done, training.evaluate_every)):
+            evaluates = done > first and (last or _due(done, training.evaluate_every))
+            saves = done > first and (last or stop or _due(done, training.save_every))
+            if evaluates or saves:
+                # What is not finite is found here, before it is evaluated or saved.
+                pending = record.step(pending, bar)
+            if evaluates:
                 with goodput.measure("evaluate"):
                     run.validation_loss = evaluate(state.params)
                 record.evaluation(offset + done, run.validation_loss)
-            if done > first and (last or stop or _due(done, training.save_every)):
-                pending = record.step(pending, bar)
+            if saves:
                 with goodput.measure("save"):
                     place = {"stage": name, "step": offset + done, "data": batches.get_state()}
                     run.checkpoints.save(offset + done, state, place, label=name if last else None)

@@ -12,10 +12,11 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,25 @@ def die_at(event: str, path: str, count: int = 1) -> None:
 
 def die_after_save(count: int) -> None:
     """SIGKILL when the ``count``-th save has returned."""
-    _after_save(count, signal.SIGKILL)
+    _after_save(count, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def interrupt_after_save(count: int) -> None:
     """SIGINT when the ``count``-th save has returned."""
-    _after_save(count, signal.SIGINT)
+    _after_save(count, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
-def _after_save(count: int, number: int) -> None:
+def fill_disk_after_save(count: int, free: int) -> None:
+    """The disk says that ``free`` bytes are left once the ``count``-th save has returned."""
+    usage = shutil.disk_usage
+
+    def nearly_full(path):
+        return usage(path)._replace(free=free)
+
+    _after_save(count, lambda: setattr(shutil, "disk_usage", nearly_full))
+
+
+def _after_save(count: int, act: Callable[[], None]) -> None:
     from jaxlab.training.checkpoint import Checkpoints
 
     save, saved = Checkpoints.save, []
@@ -129,9 +140,22 @@ def _after_save(count: int, number: int) -> None:
         save(self, *arguments, **options)
         saved.append(True)
         if len(saved) == count:
-            os.kill(os.getpid(), number)
+            act()
 
     Checkpoints.save = saving
+
+
+def interrupt_before_training() -> None:
+    """SIGINT once the loop listens for it and before its first step."""
+    from jaxlab.training import loop
+
+    make = loop.training_iterator
+
+    def making(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make(*arguments, **options)
+
+    loop.training_iterator = making
 
 
 def log_batches(file: str) -> None:

@@ -100,6 +100,36 @@ def test_an_interrupt_saves_says_how_to_go_on_and_nothing_is_lost(tiny, tmp_path
     assert numbers(run, evaluations=False) == numbers(tiny.run, evaluations=False)
 
 
+def test_an_interrupt_before_the_first_step_does_not_claim_to_have_saved(tiny, tmp_path):
+    run = tmp_path / "run"
+    train = ("train", tiny.config, "--out", run)
+    ended = tiny.child(tmp_path, *train, before=[("interrupt_before_training",)])
+    assert ended.code == 130 and ended.err == ""
+    begun = "interrupted: no step was done yet; start again with: jaxlab train "
+    assert ended.out.splitlines()[-1].startswith(begun)
+    assert not list((run / "checkpoints").iterdir())
+    _, *again = shlex.split(ended.out.splitlines()[-1].partition("start again with: ")[2])
+    ended = tiny.child(tmp_path, *again)
+    assert ended.code == 0, ended.err
+    require_equal_runs(run, tiny.run)
+
+
+def test_no_room_for_a_checkpoint_is_one_error_and_the_one_before_is_kept(tiny, tmp_path):
+    run = tmp_path / "run"
+    train = ("train", tiny.config, "--out", run)
+    ended = tiny.child(tmp_path, *train, before=[("fill_disk_after_save", 2, 2000)])
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    target = run / "checkpoints" / "000000003"
+    expected = f"error: {target}: the checkpoint was not written: No space left on device: "
+    assert line.startswith(expected) and line.endswith("earlier ones are untouched")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["000000001", "000000002-warmup"]
+    ended = tiny.child(tmp_path, *train)
+    assert ended.code == 0 and resumed_at(ended.out) == 2, ended.err
+    require_equal_runs(run, tiny.run)
+
+
 def test_neither_evaluation_nor_saving_changes_the_training(tiny, tmp_path):
     run, log = tmp_path / "run", tmp_path / "batches.log"
     rarely = ("--set", "training.evaluate_every=0", "training.save_every=0")
@@ -147,4 +177,5 @@ def test_a_run_that_diverges_is_one_clear_error_and_saves_nothing_of_it(tiny, tm
     (line,) = ended.err.splitlines()
     assert re.match(r"error: (loss|grad_norm) is nan at step 2: training has diverged; ", line)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["000000001"]
-    assert [line["step"] for line in numbers(run) if "loss" in line] == [1]
+    # Nor is it evaluated, though the configuration asks for it after every step.
+    assert [line["step"] for line in numbers(run)] == [1, 1]

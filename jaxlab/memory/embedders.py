@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32
 
-from jaxlab.errors import BankError, ConfigError
+from jaxlab.errors import ConfigError
 from jaxlab.memory.lsa import STATE_FILE, LsaEmbedder, unit_rows
 
 __all__ = [
@@ -45,10 +45,6 @@ class Embedder(Protocol):
         """State that ``open_embedder(name, state=...)`` needs; empty when the name says it all."""
         ...
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write that state to ``directory/embedder.npz``; nothing when there is none."""
-        ...
-
 
 class _Stateless:
     """An embedder that its name (and the running model) describe completely."""
@@ -56,9 +52,6 @@ class _Stateless:
     def to_bytes(self) -> bytes:
         """No state of its own."""
         return b""
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Nothing to write."""
 
 
 class SentenceTransformersEmbedder(_Stateless):
@@ -132,18 +125,17 @@ class ModelEmbedder(_Stateless):
 def open_embedder(
     spec: str,
     *,
-    directory: str | os.PathLike[str] | None = None,
     state: bytes | None = None,
     model_embed: ModelEmbed | None = None,
 ) -> Embedder:
-    """The embedder called ``spec``; ``lsa`` is restored from ``state`` or from ``directory``.
+    """The embedder called ``spec``; ``lsa`` is restored from ``state``.
 
     Raises ConfigError for an unknown name or a missing part, BankError for damaged state.
     """
     if spec == "lsa":
-        if state is None and directory is None:
+        if state is None:
             raise ConfigError("embedder lsa has to be fitted first: LsaEmbedder.fit(texts)")
-        return LsaEmbedder.from_bytes(state if state is not None else _read_state(directory))
+        return LsaEmbedder.from_bytes(state)
     if spec == "model":
         if model_embed is None:
             raise ConfigError("embedder model needs the language model that computes it")
@@ -153,11 +145,3 @@ def open_embedder(
     raise ConfigError(
         f"embedder {spec!r} is unknown; choose lsa, model or sentence-transformers:NAME"
     )
-
-
-def _read_state(directory: str | os.PathLike[str]) -> bytes:
-    path = Path(directory) / STATE_FILE
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BankError(f"embedder lsa: cannot read {path} ({error.strerror})") from error

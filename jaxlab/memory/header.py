@@ -105,9 +105,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything in ``header.json``; a shard that is not listed here does not exist."""
+    """Everything in ``header.json``; a shard that is not listed here does not exist.
+
+    ``writer`` changes whenever the bank is opened for writing, so that a former writer finds out.
+    """
 
     spec: BankSpec
+    writer: str = ""
     embedder_file: StoredFile | None = None
     shards: tuple[Shard, ...] = ()
 
@@ -157,6 +161,7 @@ def _parse(body: dict[str, Any]) -> Header:
     ]
     return Header(
         spec=BankSpec(**spec),
+        writer=body["writer"],
         embedder_file=StoredFile(**embedder) if embedder else None,
         shards=tuple(shards),
     )

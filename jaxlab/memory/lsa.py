@@ -2,16 +2,13 @@
 
 import io
 import json
-import os
 import re
-import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,14 +197,6 @@ class LsaEmbedder:
             raise BankError(
                 f"lsa: the saved embedder is damaged ({error}); build the bank again"
             ) from error
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``directory/embedder.npz`` at once or not at all."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            file.write(self.to_bytes())
-        os.replace(file.name, folder / STATE_FILE)
 
 
 def _mix(values: Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:

@@ -13,10 +13,16 @@ from jaxlab.errors import BankError
 REFERENCES = "references.jsonl"
 
 
-def open_kvstore(url: str, context: ts.Context | None) -> Any:
+def default_context() -> ts.Context:
+    """TensorStore's settings for one bank: what was read last stays, shard indices among it.
+
+    Without the indices a memory costs two range requests instead of one.
+    """
+    return ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
+
+
+def open_kvstore(url: str, context: ts.Context) -> Any:
     """The key-value store at ``url``; a plain path is a local directory."""
-    # The cache holds shard indices, so that a memory costs one range request instead of two.
-    context = context or ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
     try:
         if "://" in url:
             return ts.KvStore.open(url.rstrip("/") + "/", context=context).result()

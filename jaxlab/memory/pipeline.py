@@ -90,6 +90,8 @@ def write_bank(
     bank, embedder = _open_or_create(model, references, url, embedder)
     begun = len(bank)
     _check_same_references(bank, references, url)
+    if 0 < begun < len(references):
+        bank = Bank.open(url, identity=model.identity, write=True)
     encode = ReferenceEncoder(model)
     for start in range(begun, len(references), shard_references):
         part = slice(start, min(start + shard_references, len(references)))
@@ -114,7 +116,8 @@ def _append(bank, encode, embedder, references: References, part: slice, model) 
 
 def _open_or_create(model: LoadedModel, references: References, url: str, embedder: Any):
     if bank_exists(url):
-        bank = Bank.open(url, identity=model.identity, write=True)
+        # For reading: a bank that is whole, or another source's, is left as it is.
+        bank = Bank.open(url, identity=model.identity)
         return bank, bank.embedder(model_embed=model.embed_texts)
     config = model.config
     if embedder is None:
@@ -155,8 +158,9 @@ def _check_same_references(bank: Bank, references: References, url: str) -> None
 
 
 def bank_exists(url: str) -> bool:
-    """Whether a bank has been begun at ``url``."""
-    from jaxlab.memory.objects import open_kvstore
+    """Whether a bank has been begun at ``url``; raises BankError when that cannot be read."""
+    from jaxlab.memory.objects import default_context, open_kvstore, read_object
     from jaxlab.memory.store import HEADER_FILE
 
-    return open_kvstore(url, None).read(HEADER_FILE).result().state != "missing"
+    kvstore = open_kvstore(url, default_context())
+    return read_object(kvstore, HEADER_FILE, url).state != "missing"

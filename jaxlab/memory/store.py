@@ -4,22 +4,25 @@ Layout, every object written through TensorStore::
 
     header.json                    what is in the bank; the commit point of every change
     embedder/embedder.npz          state of a fitted embedder
-    shards/000000/memories/        zarr3 (n, layers, 2, kv heads, tokens kept, head dim)
-                  embeddings/      zarr3 (n, dim) float32
-                  kept/            zarr3 (n,) int32
-                  references.jsonl text, source and token count of each reference
+    shards/000000-WRITER/          the first shard, under a name that only its writer uses
+        memories/                  zarr3 (n, layers, 2, kv heads, tokens kept, head dim)
+        embeddings/                zarr3 (n, dim) float32
+        kept/                      zarr3 (n,) int32
+        references.jsonl           text, source and token count of each reference
 
 A shard is written once, by one ``append``, and exists from the moment the header lists it. One
-memory is one inner chunk of the zarr3 shard, so reading it is one range request. One writer at a
-time; any number of readers, each of which sees the bank as it was when opened.
+memory is one inner chunk of the zarr3 shard, so reading it is one range request. Whoever opened the
+bank for writing last is its writer; a former one can add nothing more. Any number of readers, each
+of which sees the bank as it was when opened.
 """
 
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +34,7 @@ from jaxlab.memory.embedders import STATE_FILE, Embedder, ModelEmbed, open_embed
 from jaxlab.memory.header import BankIdentity, BankSpec, Header, Shard, StoredFile
 from jaxlab.memory.objects import (
     REFERENCES,
+    default_context,
     delete_folder,
     encode_shard,
     list_folders,
@@ -40,7 +44,7 @@ from jaxlab.memory.objects import (
     write_object,
 )
 
-__all__ = ["Bank", "BankIdentity", "BankSpec", "Memories", "StoredReference", "VerifyReport"]
+__all__ = ["Bank", "BankIdentity", "BankSpec", "StoredMemories", "StoredReference", "VerifyReport"]
 
 HEADER_FILE = "header.json"
 _EMBEDDER = f"embedder/{STATE_FILE}"
@@ -55,7 +59,7 @@ class StoredReference:
     tokens: int
 
 
-class Memories(NamedTuple):
+class StoredMemories(NamedTuple):
     """Memories in the order asked for, and how many of their token slots are valid."""
 
     memories: Shaped[np.ndarray, "*ids Lm 2 K m H"]
@@ -85,9 +89,17 @@ class Bank:
     Made by ``Bank.create`` or ``Bank.open``. Row numbers (ids) count over all shards from 0.
     """
 
-    def __init__(self, url: str, *, kvstore: Any, header: Header, generation: bytes | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        context: ts.Context,
+        kvstore: Any,
+        header: Header,
+        generation: bytes | None,
+    ) -> None:
         self.url = url
-        self._kvstore = kvstore
+        self._context, self._kvstore = context, kvstore
         self._header = header
         # Generation of header.json this bank may replace; None: opened for reading only.
         self._generation = generation
@@ -107,7 +119,7 @@ class Bank:
 
         ``context`` shares TensorStore's settings; ``memory://`` banks live as long as theirs.
         """
-        url = os.fspath(url)
+        url, context = os.fspath(url), context or default_context()
         kvstore = open_kvstore(url, context)
         found = read_object(kvstore, HEADER_FILE, url)
         if found.state != "missing":
@@ -116,8 +128,14 @@ class Bank:
         if embedder_state:
             write_object(kvstore, _EMBEDDER, embedder_state, url=url)
             header = Header(spec=spec, embedder_file=StoredFile.of(embedder_state))
-        bank = cls(url, kvstore=kvstore, header=header, generation=found.stamp.generation)
-        bank._commit(header)
+        bank = cls(
+            url,
+            context=context,
+            kvstore=kvstore,
+            header=header,
+            generation=found.stamp.generation,
+        )
+        bank._become_writer()
         return bank
 
     @classmethod
@@ -129,12 +147,12 @@ class Bank:
         write: bool = False,
         context: ts.Context | None = None,
     ) -> "Bank":
-        """Open a bank; with ``write``, also clear away what a killed writer left behind.
+        """Open a bank; with ``write``, end the time of any other writer and clear away its rests.
 
         Raises BankError when there is no bank, its header is damaged or of another version, or
         it was written by another model than ``identity``.
         """
-        url = os.fspath(url)
+        url, context = os.fspath(url), context or default_context()
         kvstore = open_kvstore(url, context)
         found = read_object(kvstore, HEADER_FILE, url)
         if found.state == "missing":
@@ -145,8 +163,9 @@ class Bank:
         if identity is not None:
             header.spec.identity.require(identity, url=url)
         generation = found.stamp.generation if write else None
-        bank = cls(url, kvstore=kvstore, header=header, generation=generation)
+        bank = cls(url, context=context, kvstore=kvstore, header=header, generation=generation)
         if write:
+            bank._become_writer()
             bank._sweep()
         return bank
 
@@ -179,12 +198,11 @@ class Bank:
         """
         arrays = self._check(memories, kept, embeddings, references)
         self._require_writable()
-        name = f"{len(self.shards):06d}"
+        name = f"{len(self.shards):06d}-{self._header.writer}"
         objects = encode_shard(arrays, [asdict(reference) for reference in references])
         files = {path: StoredFile.of(content) for path, content in objects.items()}
         folder = f"shards/{name}/"
         try:
-            delete_folder(self._kvstore, folder, url=self.url)
             for path, content in objects.items():
                 write_object(self._kvstore, folder + path, content, url=self.url)
         except BaseException:
@@ -195,7 +213,7 @@ class Bank:
         self._commit(self._header.with_shard(shard))
         return range(shard.start, shard.start + shard.count)
 
-    def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> Memories:
+    def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
 
         Raises BankError for an id past the end and for a shard that cannot be read.
@@ -216,7 +234,7 @@ class Bank:
                     pending.append((shard, future, out[first:last]))
         for shard, future, out in pending:
             out[...] = self._finish_read(shard, future)
-        return Memories(memories[place.reshape(ids.shape)], kept[place.reshape(ids.shape)])
+        return StoredMemories(memories[place.reshape(ids.shape)], kept[place.reshape(ids.shape)])
 
     def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
         """The embeddings of all references, in row order."""
@@ -351,6 +369,10 @@ class Bank:
             f"bank {self.url} was changed by another writer; nothing was added: open it again"
         )
 
+    def _become_writer(self) -> None:
+        """Put a new name into the header: the commit of any former writer then fails."""
+        self._commit(replace(self._header, writer=secrets.token_hex(4)))
+
     def _commit(self, header: Header) -> None:
         """Replace the header if it is still the one this bank knows."""
         expected, self._generation = self._generation, None  # until the outcome is certain
@@ -377,7 +399,7 @@ class Bank:
                     "recheck_cached_data": "open",  # shards never change
                     "fill_missing_data_reads": False,  # a lost file is an error, not zeros
                 }
-                self._arrays[key] = ts.open(spec, kvstore=base).result()
+                self._arrays[key] = ts.open(spec, kvstore=base, context=self._context).result()
             return self._arrays[key][rows].read()
         except Exception as error:
             raise self._unreadable(shard, error) from error

@@ -72,7 +72,7 @@ def small_model(dtype: str = "float32") -> LoadedModel:
             embedder="model",
         ),
         tokenizer=TokenizerConfig(vocab_size=tokenizer.vocab_size),
-        data=DataConfig(source="none", sequence_length=4 * CHUNK),
+        data=DataConfig(source="none", sequence_length=4 * CHUNK, facts_fraction=1.0),
         stages=StagesConfig(
             continual=StageConfig(steps=1, batch_size=1, learning_rate=1.0, memory=True)
         ),

@@ -15,6 +15,7 @@ from tests.inference.small import (
     letters,
     small_encoder,
     small_model,
+    without_memory_layers,
     write_small_bank,
 )
 

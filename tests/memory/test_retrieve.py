@@ -161,13 +161,11 @@ def test_equal_texts_have_equal_rows_of_unit_length_in_any_company(facts, lsa):
     assert not lsa.embed(["", "...", "  "]).any() and lsa.embed([]).shape == (0, lsa.dim)
 
 
-def test_a_saved_lsa_is_the_same_bit_for_bit(tmp_path, facts, lsa):
-    lsa.save(tmp_path / "made")
-    [file] = (tmp_path / "made").iterdir()
-    assert file.stat().st_size < 40e6
+def test_a_stored_lsa_is_the_same_bit_for_bit(facts, lsa):
+    state = lsa.to_bytes()
+    assert len(state) < 40e6
     for again in (
-        open_embedder("lsa", directory=tmp_path / "made"),
-        open_embedder("lsa", state=lsa.to_bytes()),
+        open_embedder("lsa", state=state),
         LsaEmbedder.fit(facts[0] + SENTENCES, dim=512, seed=0),
     ):
         np.testing.assert_array_equal(again.embed(facts[1][:50]), lsa.embed(facts[1][:50]))
@@ -179,7 +177,7 @@ def test_a_handful_of_texts_is_enough_to_fit(texts):
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [bool(t) for t in texts], atol=1e-6)
 
 
-def test_nothing_to_fit_and_damaged_state_are_clear_errors(tmp_path, lsa):
+def test_nothing_to_fit_and_damaged_state_are_clear_errors(lsa):
     for texts in ([], ["", "?!"]):
         with pytest.raises(DataError, match="no words to fit on"):
             LsaEmbedder.fit(texts)
@@ -191,8 +189,6 @@ def test_nothing_to_fit_and_damaged_state_are_clear_errors(tmp_path, lsa):
     for damaged in (b"", b"not an archive", state[:1000], flipped):
         with pytest.raises(BankError, match="lsa: the saved embedder is damaged"):
             open_embedder("lsa", state=damaged)
-    with pytest.raises(BankError, match="cannot read"):
-        open_embedder("lsa", directory=tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------- the others

@@ -217,19 +217,19 @@ def test_a_flipped_bit_is_found_and_its_shard_named(tmp_path, kind):
 
 
 def test_a_lost_file_is_named_by_verify_and_by_whoever_reads_it(tmp_path):
-    written(tmp_path)
-    for path in files_of(tmp_path / "shards/000001"):
-        file = tmp_path / "shards/000001" / path
+    name = written(tmp_path).shards[1].name
+    for path in files_of(tmp_path / "shards" / name):
+        file = tmp_path / "shards" / name / path
         content = file.read_bytes()
         file.unlink()
         bank = Bank.open(tmp_path)
         report = bank.verify()
-        assert (report.missing, report.damaged) == (("000001",), ())
-        with pytest.raises(BankError, match="shard 000001 .*jaxlab memory verify"):
+        assert (report.missing, report.damaged) == ((name,), ())
+        with pytest.raises(BankError, match=f"shard {name} .*jaxlab memory verify"):
             bank.read([4]), bank.embeddings(), bank.reference(4)
         assert bank.read([2]).memories.shape == (1, *SHAPE)
         file.write_bytes(content[:-1])
-        assert Bank.open(tmp_path).verify().damaged == ("000001",)
+        assert Bank.open(tmp_path).verify().damaged == (name,)
         file.write_bytes(content)
     assert Bank.open(tmp_path).verify().ok
 
@@ -283,7 +283,7 @@ def run_child(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
 
 def test_a_writer_killed_before_its_commit_leaves_what_was_committed(tmp_path):
     written(tmp_path)
-    before = files_of(tmp_path)
+    before = files_of(tmp_path / "shards")
     child = run_child(
         tmp_path,
         """
@@ -297,11 +297,11 @@ def test_a_writer_killed_before_its_commit_leaves_what_was_committed(tmp_path):
         """,
     )
     assert child.returncode == 9, child.stderr
-    assert (tmp_path / "shards/000002/references.jsonl").exists()
+    assert list(tmp_path.glob("shards/000002-*/references.jsonl"))
     assert len(Bank.open(tmp_path)) == 5 and Bank.open(tmp_path).verify().ok
 
     bank = Bank.open(tmp_path, write=True)
-    assert files_of(tmp_path) == before
+    assert files_of(tmp_path / "shards") == before
     fresh = contents(2, seed=8)
     assert bank.append(*fresh) == range(5, 7)
     bank = Bank.open(tmp_path)
@@ -311,7 +311,7 @@ def test_a_writer_killed_before_its_commit_leaves_what_was_committed(tmp_path):
 
 def test_a_file_that_the_system_refuses_to_grow_is_one_clear_error(tmp_path):
     written(tmp_path)
-    header = (tmp_path / "header.json").read_bytes()
+    before = files_of(tmp_path / "shards")
     child = run_child(
         tmp_path,
         """
@@ -325,21 +325,58 @@ def test_a_file_that_the_system_refuses_to_grow_is_one_clear_error(tmp_path):
         """,
     )
     message, lengths = child.stdout.splitlines()
-    assert "cannot write shards/000002/memories" in message and "File too large" in message
+    assert "cannot write shards/000002-" in message and "File too large" in message
     assert "make room" in message and lengths == "5 5", child.stderr
-    assert (tmp_path / "header.json").read_bytes() == header
-    assert Bank.open(tmp_path).verify().ok and not list(tmp_path.glob("shards/000002/**/c/*"))
+    assert Bank.open(tmp_path).verify().ok
+    Bank.open(tmp_path, write=True)
+    assert files_of(tmp_path / "shards") == before
 
 
-def test_of_two_writers_the_second_is_told_and_nothing_is_lost(tmp_path):
-    first = written(tmp_path)
-    second = Bank.open(tmp_path, write=True)
-    first.append(*contents(2, seed=5))
+def test_of_two_writers_the_former_is_told_and_nothing_is_lost(tmp_path):
+    former = written(tmp_path)
+    latter = Bank.open(tmp_path, write=True)
     with pytest.raises(BankError, match="changed by another writer"):
-        second.append(*contents(3, seed=6))
+        former.append(*contents(3, seed=6))
+    latter.append(*contents(2, seed=5))
     bank = Bank.open(tmp_path)
     assert len(bank) == 7 and bank.verify().ok
     assert bits(bank.read([5, 6]).memories) == bits(contents(2, seed=5)[0])
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_writer_that_comes_while_another_writes_takes_nothing_from_its_own(
+    tmp_path, monkeypatch, adds
+):
+    former, latter = written(tmp_path), []
+    commit = former._commit
+
+    def late(header):
+        # The shard of the former writer is on disk, its header is not.
+        latter.append(Bank.open(tmp_path, write=True))
+        if adds:
+            latter[0].append(*contents(2, seed=5))
+        commit(header)
+
+    monkeypatch.setattr(former, "_commit", late)
+    with pytest.raises(BankError, match="changed by another writer"):
+        former.append(*contents(3, seed=6))
+    latter[0].append(*contents(4, seed=7))
+    bank = Bank.open(tmp_path)
+    assert [shard.count for shard in bank.shards] == [3, 2, *[2] * adds, 4] and bank.verify().ok
+    assert bits(bank.read(range(len(bank) - 4, len(bank))).memories) == bits(contents(4, seed=7)[0])
+
+
+def test_one_memory_is_one_request_and_none_when_it_was_just_read(tmp_path):
+    written(tmp_path)
+    bank = Bank.open(tmp_path)
+    bank.read([0, 3])
+
+    counts = []
+    for row in (1, 1, 2, 4):
+        bank.read([row])
+        (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/batch_read")
+        counts.append(metric["values"][0]["value"])
+    assert np.diff(counts).tolist() == [0, 1, 1]
 
 
 def test_a_reader_sees_the_bank_as_it_was_opened(tmp_path):

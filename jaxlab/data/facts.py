@@ -257,13 +257,14 @@ def prompt(question: str) -> str:
 class FactSamples:
     """Training samples of the continual stage, made on demand: questions over visible references.
 
-    Chunk c brings the statement of fact c as its reference and asks, as a text of its own, about
-    facts of the last ``references_per_chunk`` chunks, whose statements it can read: no chunk sees
-    what another asked or answered, so each fact may be asked for again and again. The facts of a
-    sample are some people, often namesakes, times some relations: one person with many, many people
-    with one, and what lies between, as retrieval brings them. Answers count in the loss, questions
-    a little, and all together they weigh as much as a row of text: the share of facts in a mixture
-    is their share of the loss. Sample i is a function of (seed, i).
+    Chunk c brings the statement of fact c as its reference and asks about facts of the last
+    ``references_per_chunk`` chunks, whose statements it can read. It is a text of its own behind
+    its own ``<s>`` (the training step puts that of the first): no chunk sees what another asked or
+    answered, so each fact may be asked for again and again. The facts of a sample are some people,
+    often namesakes, times some relations: one person with many, many people with one, and what lies
+    between, as retrieval brings them. Answers count in the loss, questions a little, and all
+    together they weigh as much as a row of text: the share of facts in a mixture is their share of
+    the loss. Sample i is a function of (seed, i).
     """
 
     def __init__(
@@ -323,6 +324,9 @@ class FactSamples:
     def _fill(self, generator, chunk, facts, tokens, mask) -> None:
         """Whole questions and answers about different visible facts, while there is room."""
         at, stop = chunk * self._chunk, (chunk + 1) * self._chunk
+        if chunk:
+            tokens[at] = self._tokenizer.bos_id
+            at += 1
         visible = range(max(0, chunk - self._band + 1), chunk + 1)
         for number in generator.permutation(visible):
             question = self._tokenizer.encode(prompt(facts[number].question))

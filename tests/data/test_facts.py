@@ -193,6 +193,17 @@ def test_every_chunk_of_a_sample_is_a_text_of_its_own(samples, chunk_length):
         assert (segments == np.arange(CHUNKS)[:, None]).all()
 
 
+def test_every_text_of_a_sample_but_the_first_brings_its_separator(
+    samples, tokenizer, chunk_length
+):
+    """The step puts ``<s>`` before the row; nobody is asked to predict one."""
+    for number in range(3):
+        found = samples[number]["tokens"] == tokenizer.bos_id
+        begins = np.arange(1, CHUNKS) * chunk_length
+        np.testing.assert_array_equal(np.nonzero(found)[0], begins)
+        assert not samples[number]["loss_mask"][found].any()
+
+
 def test_people_share_relations_and_relations_share_people(samples, tokenizer):
     """Over many samples neither the name alone nor the relation alone decides."""
     same_person = same_family = 0
@@ -239,9 +250,11 @@ def test_a_question_is_spelt_as_it_will_be_asked(samples, tokenizer, chunk_lengt
     sample = next(one for one in map(samples.__getitem__, range(9)) if asked(one, tokenizer))
     chunk, question, answer = asked(sample, tokenizer)[0]
     ids = tokenizer.encode(prompt(question)) + tokenizer.encode(f" {answer}\n")
-    assert sample["tokens"][chunk * chunk_length :][: len(ids)].tolist() == ids
+    begin = chunk * chunk_length + (chunk > 0)
+    assert sample["tokens"][begin:][: len(ids)].tolist() == ids
 
 
 def test_chunks_too_short_for_any_question_ask_nothing(tokenizer):
     sample = made(tokenizer, 4)[0]
-    assert not sample["loss_mask"].any() and (sample["tokens"] == tokenizer.pad_id).all()
+    said = set(sample["tokens"].tolist()) - {tokenizer.pad_id, tokenizer.bos_id}
+    assert not sample["loss_mask"].any() and not said

@@ -11,15 +11,20 @@ import pytest
 from flax import nnx
 
 from jaxlab.config import load_config
+from jaxlab.data.facts import FactSamples
 from jaxlab.data.packing import Rows
 from jaxlab.data.pipeline import TextSamples
 from jaxlab.data.tokenizer import Tokenizer
 from jaxlab.errors import CheckpointError
+from jaxlab.memory.write import as_slots, encode_references
+from jaxlab.models.attention import Slots
+from jaxlab.models.decoder import context_start, encode_preface
 from jaxlab.training.corpus import Corpus, stage_sources
 from jaxlab.training.loop import load_run, resolve_model, sequence_format
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat, compile_train_step
-from tests.models.tiny import random_tokens, tiny_config, tiny_decoder
+from tests.inference.small import small_tokenizer
+from tests.models.tiny import random_tokens, tiny_config, tiny_decoder, tiny_memory
 
 ROWS, LENGTH = 4, 8
 SMALL = tiny_config(layers=1, memory_layers=0)
@@ -91,6 +96,48 @@ def test_a_stage_without_memory_reads_plain_text(config, tmp_path):
 def test_a_stage_with_memory_reads_behind_the_preface(config):
     form = sequence_format(config, TOKENIZER, memory=True)
     assert form == SequenceFormat(bos_id=1, preface_ids=(1, 5, 6), memory=config.memory)
+
+
+def test_every_text_of_a_fact_sample_is_read_as_inference_reads_it():
+    """Behind its own ``<s>``, from the first position, with the references of its own chunk."""
+    tokenizer, length, chunks, band = small_tokenizer(), 128, 3, 2
+    sample = FactSamples(
+        tokenizer,
+        seed=3,
+        sequence_length=chunks * length,
+        chunk_length=length,
+        reference_length=64,
+        references_per_chunk=band,
+    )[0]
+    memory = tiny_memory(chunk_length=length, reference_length=64, references_per_chunk=band)
+    graphdef, params = nnx.split(tiny_decoder(tiny_config(vocab_size=tokenizer.vocab_size)))
+    decoder = nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+    form = SequenceFormat(tokenizer.bos_id, tokenizer.preface_ids, memory)
+    batch = {name: jnp.asarray(array)[None] for name, array in sample.items()}
+    packed = decoder.logits(form.hidden(decoder, batch))[0]
+    preface = encode_preface(decoder, jnp.asarray(tokenizer.preface_ids))
+    references, lengths = (jnp.asarray(sample[k]) for k in ("references", "reference_lengths"))
+    memories = encode_references(decoder, references, lengths, preface=preface, memory=memory)
+    slots = as_slots(memories, batch=1)
+    for chunk in range(chunks):
+        begin = chunk * length + (chunk > 0)
+        text = sample["tokens"][begin : (chunk + 1) * length]
+        assert sample["loss_mask"][begin : (chunk + 1) * length].any()
+        seen = range(max(0, chunk - band + 1), chunk + 1)
+        keys, values = (
+            jnp.concatenate([rows[:, :, c] for c in seen], axis=2)[:, :, None]
+            for rows in (slots.keys, slots.values)
+        )
+        valid = jnp.concatenate([slots.valid[:, c] for c in seen], axis=1)[:, None]
+        alone, _ = decoder(
+            form.inputs(jnp.asarray(text)[None]),
+            preface=preface,
+            slots=Slots(keys, values, valid),
+            start=context_start(preface.length, memory.reference_length),
+        )
+        np.testing.assert_allclose(
+            packed[begin : (chunk + 1) * length], decoder.logits(alone)[0], atol=2e-4
+        )
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_the_model_names_one(config):

@@ -16,18 +16,17 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import numpy as np
 
-from jaxlab.cli import write_json
+from jaxlab.tools.output import machine, write_json
 
 LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP = 3e-4, 0.9, 0.95, 1e-8, 0.1, 1.0
 # float32 sums in another order; bfloat16 keeps 8 bits of every activation.
@@ -259,17 +258,12 @@ class Contestant:
 
 
 def _machine(device: str) -> dict:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    machine = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]}
-    machine |= {package: metadata.version(package) for package in PACKAGES}
+    found = machine(PACKAGES)
     if device == "cuda":
         import torch
 
-        machine["gpu"] = torch.cuda.get_device_name()
-    return machine
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _report(contestants: list[Contestant], settings: Settings, args: argparse.Namespace) -> dict:

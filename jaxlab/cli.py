@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxlab.errors import ConfigError, JaxlabError
+from jaxlab.tools.output import one_line, print_citations, write_json
 
 INTERRUPTED = 130
 
@@ -53,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train_tokenizer = command(tokenizer, "train", _tokenizer_train, "train a sentencepiece model")
     train_tokenizer.add_argument("--data", required=True, metavar="SRC", help=source)
-    train_tokenizer.add_argument("--vocab", required=True, type=int, metavar="N")
+    train_tokenizer.add_argument("--vocab", required=True, type=_positive, metavar="N")
     train_tokenizer.add_argument("--out", required=True, metavar="FILE")
 
     train = command(commands, "train", _train, "run a configuration's stages; resumes by itself")
@@ -68,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--bank", metavar="BANK")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--cite", action="store_true", help="print the references that were read")
-    generate.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--max-tokens", type=_positive, default=64, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_seed, default=0)
     generate.add_argument("--stop", metavar="TEXT", help="end before this text")
 
     evaluate = commands.add_parser("eval", help="evaluation").add_subparsers(
@@ -85,12 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     modes = ("on", "off", "shuffled", "plain")
     perplexity.add_argument("--memory", required=True, choices=modes)
     perplexity.add_argument("--lag", type=int, choices=(0, 1), default=1)
-    perplexity.add_argument("--limit-bytes", type=int, metavar="N", help="read so much of SRC")
+    perplexity.add_argument(
+        "--limit-bytes", type=_positive, metavar="N", help="read so much of SRC"
+    )
     perplexity.add_argument("--json", required=True, metavar="FILE")
     facts = command(evaluate, "facts", _eval_facts, "recall of facts that only the bank holds")
     facts.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
-    facts.add_argument("--seed", required=True, type=int, metavar="N")
-    facts.add_argument("--questions", type=int, default=500, metavar="N")
+    facts.add_argument("--seed", required=True, type=_seed, metavar="N")
+    facts.add_argument("--questions", type=_positive, default=500, metavar="N")
     facts.add_argument("--json", required=True, metavar="FILE")
 
     command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
@@ -104,15 +105,33 @@ def _memory_commands(commands, command, source: str) -> None:
     write = command(memory, "write", _memory_write, "write references into a bank; resumable")
     write.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     write.add_argument("--data", required=True, metavar="SRC", help=source)
-    write.add_argument("--limit-bytes", type=int, metavar="N", help="read so much of SRC")
+    write.add_argument("--limit-bytes", type=_positive, metavar="N", help="read so much of SRC")
     search = command(memory, "search", _memory_search, "the references nearest to a text")
     search.add_argument("--query", required=True, metavar="TEXT")
-    search.add_argument("--top", type=int, default=5, metavar="K")
+    search.add_argument("--top", type=_positive, default=5, metavar="K")
     search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
     stats = command(memory, "stats", _memory_stats, "what a bank holds")
     verify = command(memory, "verify", _memory_verify, "check every file of a bank")
     for each in (write, search, stats, verify):
         each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return number
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -173,7 +192,7 @@ def _memory_search(arguments: argparse.Namespace) -> None:
     for row, score in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True):
         if row >= 0:
             stored = bank.reference(row)
-            print(f"{score:.4f}  [{row}] {stored.source}: {_one_line(stored.text)}")
+            print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
 
 
 def _memory_stats(arguments: argparse.Namespace) -> None:
@@ -215,17 +234,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     print()
     if arguments.cite:
         print_citations(answer.citations)
-
-
-def print_citations(citations: Sequence[Any]) -> None:
-    """The references read for each chunk, with their scores."""
-    if not citations:
-        print("no reference was read")
-    for cited in citations:
-        print(
-            f"chunk {cited.chunk}  {cited.score:.4f}  [{cited.reference}] {cited.source}: "
-            f"{_one_line(cited.text)}"
-        )
 
 
 def _model_and_reader(arguments: argparse.Namespace):
@@ -280,20 +288,6 @@ def _doctor(_: argparse.Namespace) -> None:
     from jaxlab.tools.doctor import doctor
 
     print("\n".join(doctor()))
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a JSON file in one piece, its folder included."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _one_line(text: str, width: int = 160) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else f"{flat[: width - 1]}…"
 
 
 if __name__ == "__main__":

@@ -128,6 +128,12 @@ class MemoryConfig:
             f"{self.candidates} candidates cannot fill {self.references_per_chunk} references",
         )
         _fraction(self, "overlap_limit")
+        kind, _, name = self.embedder.partition(":")
+        _require(
+            self.embedder in ("lsa", "model") or (kind == "sentence-transformers" and name != ""),
+            "embedder",
+            f"{self.embedder!r} is unknown; choose lsa, model or sentence-transformers:NAME",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +299,12 @@ class ExperimentConfig:
             not (stage and stage.memory and not self.model.memory_layers),
             "stages.continual.memory",
             reads,
+        )
+        searches = bool(stage and stage.memory) and self.data.facts_fraction < 1
+        _require(
+            not (searches and self.memory.embedder == "model"),
+            "memory.embedder",
+            "model embeds with trained weights, and training on text searches before there are any",
         )
         facts = "facts are mixed into the continual stage; this run has none"
         _require(not self.data.facts_fraction or stage is not None, "data.facts_fraction", facts)

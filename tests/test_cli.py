@@ -162,6 +162,38 @@ def test_a_corpus_that_changed_since_the_run_began_is_refused(fails, tiny, tmp_p
     assert files_of(run) == before
 
 
+@pytest.mark.parametrize(
+    "change", ["memory.reference_length=8", "tokenizer.vocab_size=390", "data.references=facts:1:9"]
+)
+def test_what_was_prepared_for_another_configuration_is_not_used(fails, tiny, tmp_path, change):
+    """Also where no checkpoint knows better: the run was killed before its first save."""
+    run = tiny.copy_run(tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    before = files_of(run)
+    line = fails("train", tiny.config, "--set", change, "--out", run)
+    key = change.partition("=")[0]
+    assert line.startswith(f"{run} was begun with another configuration (they differ in {key}); ")
+    assert files_of(run) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("memory", "search", "--bank", "b", "--query", "q", "--top", "-1"),
+        ("memory", "search", "--bank", "b", "--query", "q", "--top", "0"),
+        ("eval", "facts", "--run", "r", "--json", "f", "--seed", "-1"),
+        ("eval", "facts", "--run", "r", "--json", "f", "--seed", "1", "--questions", "0"),
+        ("generate", "--run", "r", "--prompt", "p", "--max-tokens", "many"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_with_its_flag(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    *_, flag, value = words
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and f"argument {flag}: '{value}' is not a whole number" in last
+
+
 def test_what_is_no_run_and_a_stage_that_is_not_there_are_named(fails, tiny, tmp_path):
     line = fails("generate", "--run", tmp_path, "--prompt", "the")
     assert line.startswith(f"{tmp_path}: is not a run directory")
@@ -199,40 +231,44 @@ def test_a_bank_of_another_model_is_refused_by_both_hashes(fails, tiny):
 
 
 def damaged_file(bank, shard, array):
-    (path,) = (
-        path for path in (bank / "shards" / shard / array / "c").rglob("*") if path.is_file()
-    )
+    (folder,) = (bank / "shards").glob(f"{shard}-*")
+    (path,) = (path for path in (folder / array / "c").rglob("*") if path.is_file())
     return path
 
 
 @pytest.mark.parametrize("array", ["memories", "embeddings"])
 def test_a_flipped_bit_is_found_and_its_shard_is_named(fails, tiny, tmp_path, array):
     bank = tiny.copy_bank(tmp_path)
-    flip_bit(damaged_file(bank, "000001", array))
+    path = damaged_file(bank, "000001", array)
+    flip_bit(path)
     line = fails("memory", "verify", "--bank", bank)
-    assert line.startswith(f"shard 000001: shards/000001/{array}/c/") and "SHA-256" in line
+    shard = path.relative_to(bank).parts[1]
+    assert line.startswith(f"shard {shard}: {path.relative_to(bank)} ") and "SHA-256" in line
 
 
 def test_a_lost_file_is_named_by_verify_and_by_who_reads_it(fails, tiny, tmp_path):
     bank = tiny.copy_bank(tmp_path)
-    damaged_file(bank, "000001", "embeddings").unlink()
+    path = damaged_file(bank, "000001", "embeddings")
+    path.unlink()
+    shard = path.relative_to(bank).parts[1]
     line = fails("memory", "verify", "--bank", bank)
-    assert line.startswith("shard 000001: ") and line.endswith(" is missing")
+    assert line.startswith(f"shard {shard}: ") and line.endswith(" is missing")
     line = fails("generate", "--run", tiny.run, "--bank", bank, "--prompt", "the array")
-    assert line.startswith(f"bank {bank}: shard 000001 cannot be read (")
+    assert line.startswith(f"bank {bank}: shard {shard} cannot be read (")
     assert line.endswith("run `jaxlab memory verify` to see what is damaged")
 
 
 def test_a_lost_shard_is_named_by_verify_and_by_who_reads_it(fails, tiny, tmp_path, capsys):
     bank = tiny.copy_bank(tmp_path)
-    shutil.rmtree(bank / "shards" / "000001")
+    (shard,) = (bank / "shards").glob("000001-*")
+    shutil.rmtree(shard)
     assert main(["memory", "verify", "--bank", str(bank)]) == 1
     printed = capsys.readouterr()
     assert f"{bank}: damaged, " in printed.out
     for line in printed.err.splitlines():
-        assert line.startswith("error: shard 000001: ") and line.endswith(" is missing")
+        assert line.startswith(f"error: shard {shard.name}: ") and line.endswith(" is missing")
     line = fails("memory", "search", "--bank", bank, "--query", "the array")
-    assert line.startswith(f"bank {bank}: shard 000001 cannot be read (")
+    assert line.startswith(f"bank {bank}: shard {shard.name} cannot be read (")
 
 
 def test_a_place_without_a_bank_is_named(fails, tmp_path):

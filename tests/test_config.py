@@ -125,6 +125,15 @@ def test_a_value_of_another_type_is_refused(tiny, override, problem):
         (["model.layers=0"], "model.layers: must be positive, got 0"),
         (["model.vocab_size=100"], "model.vocab_size: 100 is less than tokenizer.vocab_size"),
         (["memory.tokens_kept=200"], "memory.tokens_kept: 200 tokens kept of a reference of 128"),
+        (["memory.embedder=lsaa"], "memory.embedder: 'lsaa' is unknown; choose lsa, model or"),
+        (
+            ["memory.embedder=sentence-transformers"],
+            "memory.embedder: 'sentence-transformers' is",
+        ),
+        (
+            ["memory.embedder=model", "stages.continual.memory=true"],
+            "memory.embedder: model embeds with trained weights",
+        ),
         (["memory.candidates=4"], "memory.candidates: 4 candidates cannot fill 5 references"),
         (["memory.chunk_length=96"], "data.sequence_length: 128 is not a multiple of memory.chunk"),
         (["data.sequence_length=4096"], "data.sequence_length: 4096 is longer than model.max_cont"),

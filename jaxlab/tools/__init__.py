@@ -1,1 +1,1 @@
-"""Looking at the machine and at what a configuration will cost on it."""
+"""Looking at the machine, at what a configuration will cost on it, and telling results."""

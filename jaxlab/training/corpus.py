@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.config import ExperimentConfig
+from jaxlab.config import ExperimentConfig, differences, identity
 from jaxlab.data.facts import FactSamples, draw_facts, prompt
 from jaxlab.data.packing import Rows, pack, pack_by_document
 from jaxlab.data.pipeline import RandomAccess, TextSamples
@@ -56,7 +56,7 @@ def prepare_corpus(config: ExperimentConfig, run: Path, *, report: Callable[[str
     folder = run / "data"
     folder.mkdir(parents=True, exist_ok=True)
     documents = load_documents(config.data.source, limit_bytes=config.data.limit_bytes)
-    _remember(folder / "corpus.json", config.data.source, documents)
+    _remember(folder / "corpus.json", config, documents)
     training, validation = split_documents(
         documents, validation_fraction=config.data.validation_fraction, seed=config.seed
     )
@@ -210,18 +210,29 @@ def _tokenizer(config, folder: Path, training: list[Document], *, report) -> Tok
     return tokenizer
 
 
-def _remember(path: Path, source: str, documents: list[Document]) -> None:
-    """Write down which corpus the run reads, or check that it is still the same."""
-    now = {"source": source, "documents": len(documents), "hash": corpus_hash(documents)}
+def _remember(path: Path, config: ExperimentConfig, documents: list[Document]) -> None:
+    """Write down what the files in ``data`` are made from, or check that it is still the same.
+
+    Checkpoints know the whole configuration; a run that has none yet has these files already.
+    """
+    source, values = config.data.source, identity(config)
+    settings = {key: values[key] for key in ("seed", "data", "tokenizer", "memory")}
+    now = {"documents": len(documents), "hash": corpus_hash(documents), "settings": settings}
     if not path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(now, indent=1))
         temporary.replace(path)
         return
     before = json.loads(path.read_text())
+    run = path.parent.parent
+    if changed := differences(json.loads(json.dumps(settings)), before["settings"]):
+        raise DataError(
+            f"{run} was begun with another configuration (they differ in {', '.join(changed)}); "
+            "use another run directory"
+        )
     if before["hash"] != now["hash"]:
         raise DataError(
-            f"corpus {source!r} has changed since {path.parent.parent} was begun "
+            f"corpus {source!r} has changed since {run} was begun "
             f"({before['hash'][:12]} then, {now['hash'][:12]} now): restore it or use another run "
             "directory"
         )

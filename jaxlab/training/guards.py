@@ -54,6 +54,7 @@ def check_finite(metrics: Mapping[str, Any], step: int) -> None:
             continue
         if not math.isfinite(value):  # NumPy and JAX scalars count as well
             raise NotFiniteError(
-                f"{name} is {value} at step {step}: training has diverged; resume from the last "
-                "checkpoint with a lower learning_rate, a longer warmup or a smaller clip_norm"
+                f"{name} is {value} at step {step}: training has diverged; train into another "
+                "directory, with init_from set to this one to keep its last weights, and a lower "
+                "learning_rate, a longer warmup or a smaller clip_norm"
             )

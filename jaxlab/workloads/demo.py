@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlab.cli import print_citations, write_json
 from jaxlab.config import load_config
 from jaxlab.data.facts import RELATIONS, draw_facts, prompt
 from jaxlab.data.sources import Document, load_documents, split_documents
@@ -18,6 +17,7 @@ from jaxlab.memory.pipeline import write_bank
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank
 from jaxlab.models.decoder import parameter_count
+from jaxlab.tools.output import print_citations, write_json
 from jaxlab.tools.plots import plot_gain, plot_recall
 from jaxlab.training.load import LoadedModel, load_model
 from jaxlab.training.loop import train

@@ -1,0 +1,48 @@
+"""What commands, workloads and benchmarks have in common when they tell their results."""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a JSON file in one piece, its folder included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def one_line(text: str, width: int = 160) -> str:
+    """A text without line breaks, cut to ``width`` characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else f"{flat[: width - 1]}…"
+
+
+def print_citations(citations: Sequence[Any]) -> None:
+    """The references read for each chunk, with their scores."""
+    if not citations:
+        print("no reference was read")
+    for cited in citations:
+        print(
+            f"chunk {cited.chunk}  {cited.score:.4f}  [{cited.reference}] {cited.source}: "
+            f"{one_line(cited.text)}"
+        )
+
+
+def machine(packages: Sequence[str] = ("jax", "jaxlib")) -> dict[str, Any]:
+    """The processor, how much of it there is, and versions: what a measurement depends on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {package: metadata.version(package) for package in packages}
+    return {"cpu": cpu, "cores": cores, "python": sys.version.split()[0], **versions}

@@ -19,9 +19,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Side-by-side measurements; every script prints the command and the machine with its numbers.
+# Side by side with transformers on PyTorch; prints the command and the machine with its numbers.
 bench: $(VENV)/.dev
-	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/train_step_cpu.py
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxlab needs Python 3.11+")'

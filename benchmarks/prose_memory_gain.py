@@ -12,9 +12,10 @@ at lag 1 (and lag 0) with the paired bootstrap over documents. Goes on where it 
 import argparse
 import dataclasses
 import json
+import shlex
+import sys
 from pathlib import Path
 
-from jaxlab.cli import write_json
 from jaxlab.config import load_config
 from jaxlab.data.sources import load_documents, split_documents
 from jaxlab.evaluation.perplexity import DocumentScores, gain, score_documents
@@ -22,6 +23,7 @@ from jaxlab.memory.pipeline import write_bank
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank
 from jaxlab.models.decoder import parameter_count
+from jaxlab.tools.output import machine, write_json
 from jaxlab.tools.plots import plot_gain
 from jaxlab.training.load import load_model
 from jaxlab.training.loop import train
@@ -37,16 +39,9 @@ def _describe(scores: DocumentScores) -> dict:
 
 
 def _compare(without: DocumentScores, with_memory: DocumentScores) -> dict:
-    saved = gain(without, with_memory)
-    per_token = float((without.nats - with_memory.nats).sum() / without.tokens.sum())
-    scale = per_token / saved.value if saved.value else 0.0
     return {
-        "bits_per_byte": dataclasses.asdict(saved),
-        "nats_per_token": {
-            "value": per_token,
-            "low": saved.low * scale,
-            "high": saved.high * scale,
-        },
+        "bits_per_byte": dataclasses.asdict(gain(without, with_memory)),
+        "nats_per_token": dataclasses.asdict(gain(without, with_memory, per="token")),
     }
 
 
@@ -100,7 +95,15 @@ def main() -> None:
     best = scores["memory lag 1"]
     names = [name for name in scores if name != "memory lag 1"]
     result = {
-        "command": "python benchmarks/prose_memory_gain.py",
+        # The documents by name only: where they lie is this machine's business.
+        "command": shlex.join(
+            [
+                "python",
+                "benchmarks/prose_memory_gain.py",
+                *(Path(x).name if x == arguments.source else x for x in sys.argv[1:]),
+            ]
+        ),
+        "machine": machine(),
         "parameters": parameter_count(memory.config.model),
         "tokens": {
             stage: part.steps * part.batch_size * config.data.sequence_length

@@ -97,12 +97,18 @@ def score_documents(
     return DocumentScores(nats, sizes, tokens.astype(np.int64))
 
 
-def gain(without: DocumentScores, with_memory: DocumentScores, *, seed: int = 0) -> Interval:
-    """Bits per byte saved, with a paired bootstrap over documents (10,000 resamples)."""
+def gain(
+    without: DocumentScores, with_memory: DocumentScores, *, per: str = "byte", seed: int = 0
+) -> Interval:
+    """Saved bits per byte, or nats per token, with a paired bootstrap over documents.
+
+    ``per`` is ``byte`` or ``token``; 10,000 resamples.
+    """
     generator = np.random.default_rng(seed)
     count = len(without.nats)
-    saved = (without.nats - with_memory.nats) / math.log(2)
-    sizes = without.bytes.astype(float)
+    saved, sizes = without.nats - with_memory.nats, without.tokens.astype(float)
+    if per == "byte":
+        saved, sizes = saved / math.log(2), without.bytes.astype(float)
     draws = np.empty(10_000)
     for i in range(len(draws)):
         chosen = generator.integers(0, count, count)

@@ -242,6 +242,14 @@ def test_long_documents_weigh_by_their_bytes():
     assert found.low == 0 and found.high == pytest.approx(1 / math.log(2))
 
 
+def test_the_gain_per_token_weighs_by_tokens():
+    """Two documents of equal tokens and unequal bytes: 0 and 1 nat a token are saved."""
+    sizes, tokens = np.array([10, 990]), np.array([100, 100])
+    before = DocumentScores(np.array([300.0, 300.0]), sizes, tokens)
+    found = gain(before, dataclasses.replace(before, nats=np.array([300.0, 200.0])), per="token")
+    assert dataclasses.astuple(found) == pytest.approx((0.5, 0.0, 1.0))
+
+
 def test_a_document_is_known_by_its_bytes_not_its_tokens():
     found = score_documents(small_model(), [Document("d", "é☃")], memory="plain")
     assert found.bytes.tolist() == [5] and found.tokens.tolist() == [5]

@@ -21,7 +21,6 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ from jaxlab.memory.objects import (
     reason,
     write_object,
 )
+from jaxlab.memory.verify import VerifyReport, verify_objects
 
 __all__ = ["Bank", "BankIdentity", "BankSpec", "StoredMemories", "StoredReference", "VerifyReport"]
 
@@ -64,23 +64,6 @@ class StoredMemories(NamedTuple):
 
     memories: Shaped[np.ndarray, "*ids Lm 2 K m H"]
     kept: Int32[np.ndarray, "*ids"]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What ``Bank.verify`` found; ``problems`` has one line for each bad file."""
-
-    shards: int
-    references: int
-    bytes: int
-    damaged: tuple[str, ...]
-    missing: tuple[str, ...]
-    problems: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True when every object is there and unchanged."""
-        return not self.problems
 
 
 class Bank:
@@ -289,40 +272,7 @@ class Bank:
 
     def verify(self) -> VerifyReport:
         """Read every object back and compare size and SHA-256; damage is reported, not raised."""
-        tasks = [
-            (f"shard {shard.name}", f"shards/{shard.name}/{path}", record)
-            for shard in self.shards
-            for path, record in shard.files.items()
-        ]
-        if self._header.embedder_file is not None:
-            tasks.append(("embedder", _EMBEDDER, self._header.embedder_file))
-        damaged, missing, problems = {}, {}, []
-        with ThreadPoolExecutor(4) as pool:
-            for (owner, key, _), wrong in zip(tasks, pool.map(self._inspect, tasks), strict=True):
-                if wrong:
-                    name = owner.removeprefix("shard ")
-                    (missing if wrong == "missing" else damaged)[name] = True
-                    problems.append(f"{owner}: {key} is {wrong}")
-        return VerifyReport(
-            shards=len(self.shards),
-            references=len(self),
-            bytes=sum(record.bytes for _, _, record in tasks),
-            damaged=tuple(damaged),
-            missing=tuple(missing),
-            problems=tuple(problems),
-        )
-
-    def _inspect(self, task: tuple[str, str, StoredFile]) -> str:
-        _, key, record = task
-        try:
-            found = self._kvstore.read(key).result()
-        except Exception as error:  # drivers raise many kinds; all mean the same here
-            return f"unreadable ({reason(error)})"
-        if found.state == "missing":
-            return "missing"
-        if len(found.value) != record.bytes:
-            return f"damaged: {len(found.value)} bytes, expected {record.bytes}"
-        return "" if StoredFile.of(found.value) == record else "damaged: another SHA-256"
+        return verify_objects(self._kvstore, self._header, embedder_key=_EMBEDDER)
 
     def _check(self, memories: Any, kept: Any, embeddings: Any, references: Any) -> dict[str, Any]:
         """The arrays of a shard, once they are known to fit the bank."""

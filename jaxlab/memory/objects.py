@@ -18,7 +18,15 @@ def default_context() -> ts.Context:
 
     Without the indices a memory costs two range requests instead of one.
     """
-    return ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
+    # A place that does not answer is an error after about a minute, not after half an hour.
+    retries = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 1 << 26},
+            "gcs_request_retries": retries,
+            "s3_request_retries": retries,
+        }
+    )
 
 
 def open_kvstore(url: str, context: ts.Context) -> Any:
@@ -100,7 +108,8 @@ def encode_shard(
 def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
     sharding = {
         "chunk_shape": list(inner),
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        # The checksum of each inner chunk: a memory with a flipped bit is not read.
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         "index_codecs": [
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "crc32c"},

@@ -11,9 +11,9 @@ Layout, every object written through TensorStore::
         references.jsonl           text, source and token count of each reference
 
 A shard is written once, by one ``append``, and exists from the moment the header lists it. One
-memory is one inner chunk of the zarr3 shard, so reading it is one range request. Whoever opened the
-bank for writing last is its writer; a former one can add nothing more. Any number of readers, each
-of which sees the bank as it was when opened.
+memory is one inner chunk of the zarr3 shard, with a checksum: it is read with one range request,
+and a damaged one is an error. Whoever opened the bank for writing last is its writer; a former one
+can add nothing more. Any number of readers, each of which sees the bank as it was when opened.
 """
 
 import contextlib
@@ -372,10 +372,10 @@ class Bank:
                 found = self._kvstore.read(f"shards/{shard.name}/{REFERENCES}").result()
                 if found.state == "missing":
                     raise FileNotFoundError(f"{REFERENCES} is missing")
+                if StoredFile.of(found.value) != shard.files[REFERENCES]:
+                    raise ValueError(f"{REFERENCES} is damaged: another SHA-256")
                 lines = found.value.decode().splitlines()
                 texts = [StoredReference(**json.loads(line)) for line in lines]
-                if len(texts) != shard.count:
-                    raise ValueError(f"{REFERENCES} has {len(texts)} lines, not {shard.count}")
             except Exception as error:
                 raise self._unreadable(shard, error) from error
             self._texts[shard.name] = texts

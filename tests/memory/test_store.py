@@ -128,9 +128,10 @@ def test_a_reference_of_the_published_model_takes_450560_bytes(tmp_path):
     bank.append(memories, *rest)
     [data] = [path for path in files_of(tmp_path) if "/memories/c/" in path]
     index = 3 * 16 + 4  # offset and length of each inner chunk, and a checksum
-    assert (tmp_path / data).stat().st_size == 3 * 450_560 + index
+    chunk = 450_560 + 4  # and a checksum of each memory
+    assert (tmp_path / data).stat().st_size == 3 * chunk + index
     content = (tmp_path / data).read_bytes()
-    assert content[2 * 450_560 : 3 * 450_560] == bits(memories[2])
+    assert content[2 * chunk : 3 * chunk - 4] == bits(memories[2])
 
 
 def test_texts_of_every_kind_come_back_unchanged(tmp_path):
@@ -214,6 +215,27 @@ def test_a_flipped_bit_is_found_and_its_shard_named(tmp_path, kind):
         assert path in report.problems[0]
         content[len(content) // 2] ^= 4
         (tmp_path / path).write_bytes(content)
+
+
+def test_a_memory_or_text_with_a_flipped_bit_is_not_read(tmp_path):
+    bank = written(tmp_path)
+    for name, read in (
+        ("memories", lambda b: b.read([4])),
+        ("references", lambda b: b.reference(4)),
+    ):
+        (path,) = (
+            path
+            for path in (tmp_path / "shards" / bank.shards[1].name).rglob("*")
+            if path.is_file() and name in str(path) and path.name != "zarr.json"
+        )
+        content = path.read_bytes()
+        for place in (3, len(content) // 3):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            opened = Bank.open(tmp_path)
+            with pytest.raises(BankError, match="cannot be read .*jaxlab memory verify"):
+                opened.read([3]), read(opened)
+        path.write_bytes(content)
+        read(Bank.open(tmp_path))
 
 
 def test_a_lost_file_is_named_by_verify_and_by_whoever_reads_it(tmp_path):

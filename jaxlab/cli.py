@@ -56,19 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     train_tokenizer.add_argument("--out", required=True, metavar="FILE")
 
     train = command(commands, "train", _train, "run a configuration's stages; resumes by itself")
-    train.add_argument("config", metavar="CONFIG")
-    train.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
+    change = "change a value of the file, such as seed=1 or stages.continual.steps=100"
+    train.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
+    )
     train.add_argument("--out", required=True, metavar="DIR")
 
     _memory_commands(commands, command, source)
 
     generate = command(commands, "generate", _generate, "continue a prompt, reading a bank")
     generate.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
-    generate.add_argument("--bank", metavar="BANK")
+    generate.add_argument("--bank", metavar="BANK", help="what to read; none: nothing")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--cite", action="store_true", help="print the references that were read")
-    generate.add_argument("--max-tokens", type=_positive, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="(64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest (0)")
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=_seed, default=0)
@@ -80,18 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     perplexity = command(evaluate, "perplexity", _eval_perplexity, "bits per byte of documents")
     perplexity.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     perplexity.add_argument("--data", required=True, metavar="SRC", help=source)
-    perplexity.add_argument("--bank", metavar="BANK")
+    perplexity.add_argument("--bank", metavar="BANK", help="for --memory on and shuffled")
     modes = ("on", "off", "shuffled", "plain")
     perplexity.add_argument("--memory", required=True, choices=modes)
-    perplexity.add_argument("--lag", type=int, choices=(0, 1), default=1)
+    lag = "whose references a chunk reads: 1, the last one's, or 0, its own (1)"
+    perplexity.add_argument("--lag", type=int, choices=(0, 1), default=1, help=lag)
     perplexity.add_argument(
         "--limit-bytes", type=_positive, metavar="N", help="read so much of SRC"
     )
     perplexity.add_argument("--json", required=True, metavar="FILE")
     facts = command(evaluate, "facts", _eval_facts, "recall of facts that only the bank holds")
     facts.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
-    facts.add_argument("--seed", required=True, type=_seed, metavar="N")
-    facts.add_argument("--questions", type=_positive, default=500, metavar="N")
+    facts.add_argument("--seed", required=True, type=_seed, metavar="N", help="of the facts")
+    facts.add_argument("--questions", type=_positive, default=500, metavar="N", help="(500)")
     facts.add_argument("--json", required=True, metavar="FILE")
 
     command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
@@ -107,8 +111,8 @@ def _memory_commands(commands, command, source: str) -> None:
     write.add_argument("--data", required=True, metavar="SRC", help=source)
     write.add_argument("--limit-bytes", type=_positive, metavar="N", help="read so much of SRC")
     search = command(memory, "search", _memory_search, "the references nearest to a text")
-    search.add_argument("--query", required=True, metavar="TEXT")
-    search.add_argument("--top", type=_positive, default=5, metavar="K")
+    search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
+    search.add_argument("--top", type=_positive, default=5, metavar="K", help="how many (5)")
     search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
     stats = command(memory, "stats", _memory_stats, "what a bank holds")
     verify = command(memory, "verify", _memory_verify, "check every file of a bank")
@@ -189,10 +193,16 @@ def _memory_search(arguments: argparse.Namespace) -> None:
         model_embed = load_model(arguments.run).embed_texts
     bank = Bank.open(arguments.bank)
     hits = MemoryReader.open(bank, model_embed=model_embed).search([arguments.query], arguments.top)
-    for row, score in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True):
-        if row >= 0:
-            stored = bank.reference(row)
-            print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
+    found = [
+        pair
+        for pair in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True)
+        if pair[0] >= 0
+    ]
+    if not found:
+        print("no reference has anything of the query")
+    for row, score in found:
+        stored = bank.reference(row)
+        print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
 
 
 def _memory_stats(arguments: argparse.Namespace) -> None:

@@ -290,6 +290,8 @@ def test_a_whole_bank_is_verified_counted_and_searched(tiny, capsys):
     assert main(["memory", "search", "--bank", bank, "--query", "Note 7", "--top", "2"]) == 0
     hits = capsys.readouterr().out.splitlines()
     assert len(hits) == 2 and all(re.match(r"\d\.\d{4}  \[\d+\] \d\.txt: ", hit) for hit in hits)
+    assert main(["memory", "search", "--bank", bank, "--query", ""]) == 0
+    assert capsys.readouterr().out == "no reference has anything of the query\n"
 
 
 def test_a_prompt_is_continued_with_citations(tiny, tmp_path):

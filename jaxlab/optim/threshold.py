@@ -1,0 +1,109 @@
+"""The k-th smallest magnitude of a whole pytree, exactly, without sorting or gathering it.
+
+Non-negative floats are ordered like their bit patterns. So the value is found digit by digit: eight
+passes, each of which counts, for the sixteen values of the next four bits, how many elements lie
+below. Only counts cross devices: a sharded tree costs scalar reductions and no gather.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt32
+
+_DIGIT_BITS = 4
+_DIGITS = 1 << _DIGIT_BITS
+_LIMB_BITS = 16  # counts are pairs (high, low) of which low < 2^16: up to 2^48 elements
+_INFINITY = np.uint32(0x7F800000)
+
+Count = tuple[UInt32[Array, "*digits"], UInt32[Array, "*digits"]]
+
+
+def magnitude_bits(leaf: Array) -> UInt32[Array, "..."]:
+    """Bit patterns of |leaf| in float32, which sort like the magnitudes; NaN sorts last."""
+    magnitude = jnp.abs(leaf).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(magnitude, jnp.uint32)
+
+
+def count_of(number: int) -> Count:
+    """A Python integer as a count."""
+    return jnp.uint32(number >> _LIMB_BITS), jnp.uint32(number & ((1 << _LIMB_BITS) - 1))
+
+
+def share_of(share: Float[Array, ""], total: Count) -> Count:
+    """floor(share * total), at least 1, for a traced share: exact up to float32's rounding."""
+    whole = jnp.maximum(jnp.floor(share * as_float(total)), 1.0)
+    high = jnp.floor(whole / (1 << _LIMB_BITS))
+    low = whole - high * (1 << _LIMB_BITS)
+    return high.astype(jnp.uint32), low.astype(jnp.uint32)
+
+
+def as_float(count: Count) -> Float[Array, ""]:
+    """A count as a float32."""
+    high, low = (part.astype(jnp.float32) for part in count)
+    return high * (1 << _LIMB_BITS) + low
+
+
+def add(left: Count, right: Count) -> Count:
+    """The sum of two counts."""
+    return _carried(left[0] + right[0], left[1] + right[1])
+
+
+def subtract(left: Count, right: Count) -> Count:
+    """``left - right``, which must not be negative."""
+    borrow = (left[1] < right[1]).astype(jnp.uint32)
+    return left[0] - right[0] - borrow, left[1] + (borrow << _LIMB_BITS) - right[1]
+
+
+def count_true(parts: Sequence[Bool[Array, "..."]]) -> Count:
+    """How many elements of some arrays are True."""
+    return _total([_count(part) for part in parts])
+
+
+def kth_smallest_bits(bits: Sequence[UInt32[Array, "..."]], rank: Count) -> UInt32[Array, ""]:
+    """Bits of the ``rank``-th smallest (from 1) of all elements of some arrays, as if sorted."""
+
+    def next_digit(number: Array, prefix: UInt32[Array, ""]) -> UInt32[Array, ""]:
+        shift = (jnp.uint32(32 // _DIGIT_BITS - 1) - number.astype(jnp.uint32)) * _DIGIT_BITS
+        bounds = prefix + (jnp.arange(1, _DIGITS, dtype=jnp.uint32) << shift)
+        counts = [_total([_count(part < bound) for part in bits]) for bound in bounds]
+        # The digit is the number of bounds with too few elements below.
+        digit = sum(_less(count, rank).astype(jnp.uint32) for count in counts)
+        return prefix + (digit << shift)
+
+    return jax.lax.fori_loop(0, 32 // _DIGIT_BITS, next_digit, jnp.uint32(0))
+
+
+def finite_bits(bits: UInt32[Array, ""]) -> Bool[Array, ""]:
+    """Whether a bit pattern is that of a finite number."""
+    return bits < _INFINITY
+
+
+def _count(part: Bool[Array, "..."]) -> Count:
+    """True elements of one array; the rows are counted first so that no sum can overflow."""
+    if part.size < 1 << 32:
+        total = jnp.sum(part, dtype=jnp.uint32)
+        return total >> _LIMB_BITS, total & ((1 << _LIMB_BITS) - 1)
+    rows = jnp.sum(part, axis=tuple(range(1, part.ndim)), dtype=jnp.uint32)
+    if math.prod(part.shape[1:]) >= 1 << 32 or part.shape[0] > 1 << _LIMB_BITS:
+        raise ValueError(f"an array of shape {part.shape} is too large to be counted by rows")
+    high, low = rows >> _LIMB_BITS, rows & ((1 << _LIMB_BITS) - 1)
+    return _carried(jnp.sum(high, dtype=jnp.uint32), jnp.sum(low, dtype=jnp.uint32))
+
+
+def _total(counts: Sequence[Count]) -> Count:
+    # Fewer than 2^16 arrays, so the low limbs cannot overflow.
+    zero = jnp.uint32(0)
+    high = sum((count[0] for count in counts), start=zero)
+    low = sum((count[1] for count in counts), start=zero)
+    return _carried(high, low)
+
+
+def _carried(high: Array, low: Array) -> Count:
+    return high + (low >> _LIMB_BITS), low & ((1 << _LIMB_BITS) - 1)
+
+
+def _less(left: Count, right: Count) -> Bool[Array, ""]:
+    return (left[0] < right[0]) | ((left[0] == right[0]) & (left[1] < right[1]))

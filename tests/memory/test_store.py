@@ -1,54 +1,25 @@
-"""Laws of the memory bank: exact round trips, whole commits or none, damage that is named."""
+"""Laws of the memory bank: exact round trips, refusals, damage that is named."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
-from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
 
 from jaxlab.errors import BankError
-from jaxlab.memory import objects, store
 from jaxlab.memory.lsa import LsaEmbedder
-from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
-
-SHAPE = (2, 2, 2, 3, 4)
-DIM = 5
-IDENTITY = BankIdentity(model_hash="m0del", tokenizer_hash="t0ken", config_hash="c0nfig")
-SPEC = BankSpec(
-    identity=IDENTITY, memory_shape=SHAPE, embedder="model", embedding_dim=DIM, preface=(1, 7)
+from jaxlab.memory.store import Bank, StoredReference
+from tests.memory.stored import (
+    DIM,
+    IDENTITY,
+    SHAPE,
+    SPEC,
+    bits,
+    contents,
+    files_of,
+    written,
 )
-
-
-def contents(n: int, *, seed: int = 0, dtype: str = "bfloat16", shape=SHAPE) -> tuple:
-    """Memories of random bits (NaNs and -0.0 among them) and all that goes with them."""
-    rng = np.random.default_rng(seed)
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    raw = rng.integers(0, 256, (n, *shape[:-1], shape[-1] * kind.itemsize), dtype=np.uint8)
-    references = [StoredReference(f"text {seed}/{i}", f"source {seed}", i % 9) for i in range(n)]
-    kept = rng.integers(0, shape[3] + 1, n).astype(np.int32)
-    return raw.view(kind), kept, rng.standard_normal((n, DIM)).astype(np.float32), references
-
-
-def bits(array: np.ndarray) -> bytes:
-    return np.ascontiguousarray(array).tobytes()
-
-
-def written(url, *, counts=(3, 2), context=None) -> Bank:
-    bank = Bank.create(url, spec=SPEC, context=context)
-    for seed, n in enumerate(counts):
-        bank.append(*contents(n, seed=seed))
-    return bank
-
-
-def files_of(root: Path) -> list[str]:
-    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -254,138 +225,6 @@ def test_a_lost_file_is_named_by_verify_and_by_whoever_reads_it(tmp_path):
         assert Bank.open(tmp_path).verify().damaged == (name,)
         file.write_bytes(content)
     assert Bank.open(tmp_path).verify().ok
-
-
-@pytest.mark.parametrize("when", range(1, 9))
-def test_an_append_that_fails_at_any_write_leaves_the_bank_as_it_was(tmp_path, monkeypatch, when):
-    bank = written(tmp_path)
-    before, header = files_of(tmp_path), (tmp_path / "header.json").read_bytes()
-    calls = []
-
-    def full_disk(kvstore, key, content, **options):
-        calls.append(key)
-        if len(calls) == when:
-            raise BankError(f"cannot write {key} (No space left on device)")
-        return objects.write_object(kvstore, key, content, **options)
-
-    monkeypatch.setattr(store, "write_object", full_disk)
-    with pytest.raises(BankError, match="No space left"):
-        bank.append(*contents(2, seed=5))
-    assert len(calls) == when and (calls[-1] == "header.json") == (when == 8)
-    monkeypatch.undo()
-    assert (tmp_path / "header.json").read_bytes() == header and len(bank) == 5
-    again = Bank.open(tmp_path, write=True)
-    assert files_of(tmp_path) == before and again.verify().ok
-    assert again.append(*contents(2, seed=5)) == range(5, 7)
-
-
-CHILD = """
-    import os, resource, signal, sys
-    import numpy as np
-    from jaxlab.errors import BankError
-    from jaxlab.memory import store
-    from tests.memory.test_store import contents
-
-    bank = store.Bank.open(sys.argv[1], write=True)
-"""
-
-
-def run_child(tmp_path: Path, body: str) -> subprocess.CompletedProcess:
-    code = textwrap.dedent(CHILD) + textwrap.dedent(body)
-    root = Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_a_writer_killed_before_its_commit_leaves_what_was_committed(tmp_path):
-    written(tmp_path)
-    before = files_of(tmp_path / "shards")
-    child = run_child(
-        tmp_path,
-        """
-        write = store.write_object
-        def dying(kvstore, key, content, **options):
-            if key == "header.json":
-                os._exit(9)
-            return write(kvstore, key, content, **options)
-        store.write_object = dying
-        bank.append(*contents(4, seed=7))
-        """,
-    )
-    assert child.returncode == 9, child.stderr
-    assert list(tmp_path.glob("shards/000002-*/references.jsonl"))
-    assert len(Bank.open(tmp_path)) == 5 and Bank.open(tmp_path).verify().ok
-
-    bank = Bank.open(tmp_path, write=True)
-    assert files_of(tmp_path / "shards") == before
-    fresh = contents(2, seed=8)
-    assert bank.append(*fresh) == range(5, 7)
-    bank = Bank.open(tmp_path)
-    assert bits(bank.read([5, 6]).memories) == bits(fresh[0])
-    assert [(s.start, s.count) for s in bank.shards] == [(0, 3), (3, 2), (5, 2)]
-
-
-def test_a_file_that_the_system_refuses_to_grow_is_one_clear_error(tmp_path):
-    written(tmp_path)
-    before = files_of(tmp_path / "shards")
-    child = run_child(
-        tmp_path,
-        """
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            bank.append(*contents(400, seed=7))
-        except BankError as error:
-            print(f"error: {error}")
-        print(len(bank), len(store.Bank.open(sys.argv[1])))
-        """,
-    )
-    message, lengths = child.stdout.splitlines()
-    assert "cannot write shards/000002-" in message and "File too large" in message
-    assert "make room" in message and lengths == "5 5", child.stderr
-    assert Bank.open(tmp_path).verify().ok
-    Bank.open(tmp_path, write=True)
-    assert files_of(tmp_path / "shards") == before
-
-
-def test_of_two_writers_the_former_is_told_and_nothing_is_lost(tmp_path):
-    former = written(tmp_path)
-    latter = Bank.open(tmp_path, write=True)
-    with pytest.raises(BankError, match="changed by another writer"):
-        former.append(*contents(3, seed=6))
-    latter.append(*contents(2, seed=5))
-    bank = Bank.open(tmp_path)
-    assert len(bank) == 7 and bank.verify().ok
-    assert bits(bank.read([5, 6]).memories) == bits(contents(2, seed=5)[0])
-
-
-@pytest.mark.parametrize("adds", [False, True])
-def test_a_writer_that_comes_while_another_writes_takes_nothing_from_its_own(
-    tmp_path, monkeypatch, adds
-):
-    former, latter = written(tmp_path), []
-    commit = former._commit
-
-    def late(header):
-        # The shard of the former writer is on disk, its header is not.
-        latter.append(Bank.open(tmp_path, write=True))
-        if adds:
-            latter[0].append(*contents(2, seed=5))
-        commit(header)
-
-    monkeypatch.setattr(former, "_commit", late)
-    with pytest.raises(BankError, match="changed by another writer"):
-        former.append(*contents(3, seed=6))
-    latter[0].append(*contents(4, seed=7))
-    bank = Bank.open(tmp_path)
-    assert [shard.count for shard in bank.shards] == [3, 2, *[2] * adds, 4] and bank.verify().ok
-    assert bits(bank.read(range(len(bank) - 4, len(bank))).memories) == bits(contents(4, seed=7)[0])
 
 
 def test_one_memory_is_one_request_and_none_when_it_was_just_read(tmp_path):

@@ -128,12 +128,16 @@ class MemoryConfig:
             f"{self.candidates} candidates cannot fill {self.references_per_chunk} references",
         )
         _fraction(self, "overlap_limit")
-        kind, _, name = self.embedder.partition(":")
-        _require(
-            self.embedder in ("lsa", "model") or (kind == "sentence-transformers" and name != ""),
-            "embedder",
-            f"{self.embedder!r} is unknown; choose lsa, model or sentence-transformers:NAME",
-        )
+        problem = embedder_problem(self.embedder)
+        _require(problem is None, "embedder", problem or "")
+
+
+def embedder_problem(spec: str) -> str | None:
+    """Why ``spec`` names no embedder, or None."""
+    kind, _, name = spec.partition(":")
+    if spec in ("lsa", "model") or (kind == "sentence-transformers" and name):
+        return None
+    return f"{spec!r} is unknown; choose lsa, model or sentence-transformers:NAME"
 
 
 @dataclass(frozen=True, kw_only=True)

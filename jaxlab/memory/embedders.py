@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32
 
+from jaxlab.config import embedder_problem
 from jaxlab.errors import ConfigError
 from jaxlab.memory.lsa import STATE_FILE, LsaEmbedder, unit_rows
 
@@ -132,6 +133,8 @@ def open_embedder(
 
     Raises ConfigError for an unknown name or a missing part, BankError for damaged state.
     """
+    if problem := embedder_problem(spec):
+        raise ConfigError(f"embedder {problem}")
     if spec == "lsa":
         if state is None:
             raise ConfigError("embedder lsa has to be fitted first: LsaEmbedder.fit(texts)")
@@ -140,8 +143,4 @@ def open_embedder(
         if model_embed is None:
             raise ConfigError("embedder model needs the language model that computes it")
         return ModelEmbedder(model_embed)
-    if spec.startswith(_SENTENCE_TRANSFORMERS) and len(spec) > len(_SENTENCE_TRANSFORMERS):
-        return SentenceTransformersEmbedder(spec.removeprefix(_SENTENCE_TRANSFORMERS))
-    raise ConfigError(
-        f"embedder {spec!r} is unknown; choose lsa, model or sentence-transformers:NAME"
-    )
+    return SentenceTransformersEmbedder(spec.removeprefix(_SENTENCE_TRANSFORMERS))

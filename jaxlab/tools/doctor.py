@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import jaxlab
+from jaxlab.tools.output import cores
 
 REQUIRED = (
     "jax",
@@ -43,7 +44,7 @@ def doctor() -> list[str]:
         f"jaxlab {jaxlab.__version__}",
         f"python {platform.python_version()} ({sys.executable})",
         f"platform {platform.platform()}",
-        f"cores {_cores()}, memory {_memory()}",
+        f"cores {cores()}, memory {_memory()}",
     ]
     for package in REQUIRED:
         version = _version(package)
@@ -83,11 +84,6 @@ def _devices() -> list[str]:
     lines = [f"devices: {counted}{processes}"]
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
     return [*lines, f"memory per device: {limit / 2**30:.1f} GiB"] if limit else lines
-
-
-def _cores() -> int:
-    # The cores this process may use: a container often has fewer than the machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> str:

@@ -43,6 +43,10 @@ def machine(packages: Sequence[str] = ("jax", "jaxlib")) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {package: metadata.version(package) for package in packages}
-    return {"cpu": cpu, "cores": cores, "python": sys.version.split()[0], **versions}
+    return {"cpu": cpu, "cores": cores(), "python": sys.version.split()[0], **versions}
+
+
+def cores() -> int:
+    """The cores this process may use: a container often has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

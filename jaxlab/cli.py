@@ -1,4 +1,4 @@
-"""The command line: parse, resolve, call one function. Errors for the user are one line, exit 1."""
+"""The command line: parse, resolve, call one function. Errors for the user are one line."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.call(arguments) or 0
     except JaxlabError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxlab",
-        description="Language models with explicit memory: train, write the bank, read it.",
+        description="Language models with explicit memory, and IRE: train, sweep, write, read.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     source = "installed-docs, a path (folder, .txt, .jsonl[.gz|.xz|.zst]), facts:SEED or tfds:NAME"
@@ -56,12 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     train_tokenizer.add_argument("--out", required=True, metavar="FILE")
 
     train = command(commands, "train", _train, "run a configuration's stages; resumes by itself")
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
-    change = "change a value of the file, such as seed=1 or stages.continual.steps=100"
-    train.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
-    )
     train.add_argument("--out", required=True, metavar="DIR")
+    text = "train every combination of some values, one after the other; resumable"
+    sweep = command(commands, "sweep", _sweep, text)
+    for each in (train, sweep):
+        each.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
+        change = "change a value of the file, such as seed=1 or stages.continual.steps=100"
+        each.add_argument(
+            "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
+        )
+    several = "values of a key, such as optimizer.learning_rate=1e-3,2e-3; several make a grid"
+    sweep.add_argument("--over", action="append", required=True, metavar="KEY=a,b,c", help=several)
+    sweep.add_argument("--json", required=True, metavar="FILE", help="results; a plot goes beside")
+    sweep.add_argument("--out", metavar="DIR", help="the runs (FILE without its ending)")
 
     _memory_commands(commands, command, source)
 
@@ -170,6 +177,18 @@ def _train(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     print(f"done: step {result.step}, run {arguments.out}")
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from jaxlab.tools.sweep import run_sweep
+
+    run_sweep(
+        arguments.config,
+        arguments.over,
+        json_file=Path(arguments.json),
+        out=arguments.out and Path(arguments.out),
+        overrides=arguments.set,
+    )
 
 
 def _memory_write(arguments: argparse.Namespace) -> None:

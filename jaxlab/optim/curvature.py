@@ -56,7 +56,7 @@ def sampled_label_fisher(
 
     def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
         found = sampled_label_gradient(logits_fn, params, key, *inputs, weights=weights)
-        return jax.tree.map(lambda t, g: t + _square(g), total, found), None
+        return jax.tree.map(lambda t, g: t + squared(g), total, found), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
     total, _ = jax.lax.scan(add, zeros, jax.random.split(key, draws))
@@ -119,7 +119,7 @@ def empirical_fisher(
     Named for what it is: not an estimate of the Fisher matrix away from convergence, and not the
     paper's curvature.
     """
-    return jax.tree.map(_square, jax.grad(lambda p: loss_fn(p, *inputs))(params))
+    return jax.tree.map(squared, jax.grad(lambda p: loss_fn(p, *inputs))(params))
 
 
 def random_ranks(params: PyTree, key: Array) -> PyTree:
@@ -130,7 +130,8 @@ def random_ranks(params: PyTree, key: Array) -> PyTree:
     return optax.tree.random_like(key, params, jax.random.uniform, jnp.float32)
 
 
-def _square(gradient: Array) -> Float[Array, "..."]:
+def squared(gradient: Array) -> Float[Array, "..."]:
+    """|gradient|² in float32, for any type of number."""
     return jnp.square(jnp.abs(gradient).astype(jnp.float32))
 
 

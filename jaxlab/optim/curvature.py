@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 LogitsFn = Callable[..., Float[Array, "*batch classes"]]
@@ -119,6 +120,14 @@ def empirical_fisher(
     paper's curvature.
     """
     return jax.tree.map(_square, jax.grad(lambda p: loss_fn(p, *inputs))(params))
+
+
+def random_ranks(params: PyTree, key: Array) -> PyTree:
+    """A control, not a curvature: independent uniform numbers, so that a random share is flat.
+
+    What IRE gains over a mask of equal density made from these is what it owes to curvature.
+    """
+    return optax.tree.random_like(key, params, jax.random.uniform, jnp.float32)
 
 
 def _square(gradient: Array) -> Float[Array, "..."]:

@@ -233,10 +233,9 @@ def _value(loss_fn: LossFn, params: PyTree, *batch: Any) -> Array:
 
 @jax.jit
 def _signs(params: PyTree, key: Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, signs)
+    # One draw for all leaves: a draw for each takes XLA seconds to compile.
+    flat, unravel = ravel_pytree(params)
+    return unravel(jax.random.rademacher(key, flat.shape, flat.dtype))
 
 
 @jax.jit
@@ -335,6 +334,24 @@ def language_problem(
         rows.mask[chosen],
         bos_id=model.tokenizer.bos_id,
     )
+
+
+def classification_problem(
+    params: PyTree,
+    logits_fn: Callable[[PyTree, Any], Float[Array, "B classes"]],
+    batches: Sequence[tuple[Any, Int[Array, " B"]]],
+) -> Problem:
+    """Plain cross-entropy of a classifier on batches of (inputs, labels)."""
+
+    def loss(params: PyTree, inputs: Any, labels: Int[Array, " B"]) -> Float[Array, ""]:
+        rows = jax.nn.log_softmax(logits_fn(params, inputs).astype(jnp.float32))
+        return -jnp.sum(jnp.take_along_axis(rows, labels[:, None], axis=1))
+
+    def sampled(params: PyTree, key: Array, inputs: Any, labels: Array) -> Float[Array, ""]:
+        logits = jax.lax.stop_gradient(logits_fn(params, inputs).astype(jnp.float32))
+        return loss(params, inputs, jax.random.categorical(key, logits))
+
+    return Problem(params, loss, sampled, batches, n=sum(len(labels) for _, labels in batches))
 
 
 def next_token_problem(

@@ -29,20 +29,14 @@ def logits(params, inputs):
     return jnp.tanh(inputs @ params["in"]) @ params["out"]
 
 
-def loss(params, inputs, labels):
-    chosen = jax.nn.log_softmax(logits(params, inputs))[jnp.arange(len(labels)), labels]
-    return -jnp.sum(chosen)
-
-
-def sampled_loss(params, key, inputs, labels):
-    drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits(params, inputs)))
-    return loss(params, inputs, drawn)
-
-
 def split(*sizes):
     """The examples in batches of some sizes."""
     ends = np.cumsum(sizes)
     return [(INPUTS[e - s : e], LABELS[e - s : e]) for s, e in zip(sizes, ends, strict=True)]
+
+
+PROBLEM = sharpness.classification_problem(PARAMS, logits, split(12))
+loss, sampled_loss = PROBLEM.loss_fn, PROBLEM.sampled_loss
 
 
 def dense_hessian(function, params) -> np.ndarray:
@@ -61,7 +55,11 @@ def gauss_newton() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def hessian():
-    return dense_hessian(lambda p: loss(p, INPUTS, LABELS), PARAMS) / EXAMPLES
+    def mean_loss(params):
+        rows = jax.nn.log_softmax(logits(params, INPUTS))
+        return -jnp.mean(rows[jnp.arange(EXAMPLES), LABELS])
+
+    return dense_hessian(mean_loss, PARAMS)
 
 
 def rotated(eigenvalues, *, seed=0):
@@ -193,10 +191,15 @@ def dense_text(text):
         rows = jax.nn.log_softmax(of_logits(x))
         return -jnp.mean(rows[np.arange(len(rows)), tokens[mask]])
 
-    def everything(x):
-        return mean_loss(x), jax.hessian(mean_loss)(x), of_logits(x), jax.jacfwd(of_logits)(x)
+    def columns(function, x, basis):
+        return jax.vmap(lambda v: jax.jvp(function, (x,), (v,))[1], out_axes=-1)(basis)
 
-    return [np.asarray(x, np.float64) for x in jax.jit(everything)(flat)]
+    @jax.jit
+    def everything(x, basis):
+        hessian = columns(jax.grad(mean_loss), x, basis)
+        return mean_loss(x), hessian, of_logits(x), columns(of_logits, x, basis)
+
+    return [np.asarray(x, np.float64) for x in everything(flat, jnp.eye(flat.size))]
 
 
 def test_a_language_model_is_measured_as_its_dense_matrices_are(text, dense_text):

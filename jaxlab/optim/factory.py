@@ -1,12 +1,16 @@
 """From configuration to one optax chain."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import optax
 import optax.contrib
 
-from jaxlab.config import OptimizerConfig, StageConfig
+from jaxlab.config import IREConfig, OptimizerConfig, StageConfig
+from jaxlab.optim.followups import grad_power, scale_by_block
+from jaxlab.optim.ire import scale_flat_directions
+from jaxlab.optim.sam import sam
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.typing import PyTree
 
@@ -52,15 +56,51 @@ def _name(key: object) -> object:
     return getattr(key, "key", getattr(key, "name", None))
 
 
-def make_optimizer(optimizer: OptimizerConfig, stage: StageConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then the base optimizer with the stage's schedule.
+def make_optimizer(
+    optimizer: OptimizerConfig, stage: StageConfig, *, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then the base optimizer with the stage's schedule, then IRE.
 
     Weight decay is decoupled in ``adamw`` and ``muon`` and added to the gradient in ``sgd``; norms
-    and biases are left out (``decay_mask``).
+    and biases are left out (``decay_mask``). ``update`` takes ``grad_fn`` where there is a SAM
+    radius and ``curvature_fn`` where there is IRE; ``seed`` is of the keys that the latter gets.
     """
-    clip = optimizer.clip_norm
-    links = [] if clip is None else [optax.clip_by_global_norm(clip)]
-    return optax.chain(*links, _BASES[optimizer.name](optimizer, make_schedule(stage)))
+    schedule = make_schedule(stage)
+    links = []
+    if optimizer.clip_norm is not None:
+        links.append(optax.clip_by_global_norm(optimizer.clip_norm))
+    if optimizer.gradient_power is not None:
+        links.append(grad_power(optimizer.gradient_power))
+    links.append(_BASES[optimizer.name](optimizer, schedule))
+    if optimizer.blockwise is not None:
+        links.append(scale_by_block(dataclasses.asdict(optimizer.blockwise) | {"norm": 1.0}))
+    if optimizer.sam_radius is not None:
+        links = [sam(optax.chain(*links), optimizer.sam_radius)]
+    if optimizer.ire is not None:
+        links.append(_flat_directions(optimizer.ire, stage, schedule, seed))
+    return optax.chain(*links)
+
+
+def _flat_directions(
+    config: IREConfig, stage: StageConfig, schedule: optax.Schedule, seed: int
+) -> optax.GradientTransformationExtraArgs:
+    kappa = config.kappa
+    if config.kappa_follows == "learning-rate":
+
+        def kappa(step):
+            return config.kappa * schedule(step) / stage.learning_rate
+
+    warm = stage.schedule.warmup_steps
+    return scale_flat_directions(
+        kappa,
+        config.gamma,
+        update_interval=config.update_interval,
+        start_step=warm if config.start_step is None else config.start_step,
+        curvature_decay=config.curvature_decay,
+        scope=config.scope,
+        rank_zeros=config.rank_zeros,
+        seed=seed,
+    )
 
 
 def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

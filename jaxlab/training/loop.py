@@ -26,6 +26,7 @@ from jaxlab.training.corpus import (
     prepare_neighbourhood,
     stage_sources,
 )
+from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.guards import InterruptGuard, check_finite
 from jaxlab.training.metrics import (
     Goodput,
@@ -133,9 +134,7 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     for number, name in enumerate(names):
         stage, total = stages[name], offset + stages[name].steps
         if number > names.index(position["stage"]):
-            state = start_state(
-                state.params, make_optimizer(run.config.optimizer, stage), seed=run.config.seed
-            )
+            state = start_state(state.params, _optimizer(run.config, stage), seed=run.config.seed)
             position = {"stage": name, "step": offset, "data": None}
         if name == position["stage"] and position["step"] < total:
             state, interrupted = run_stage(run, name, stage, state, position, offset=offset)
@@ -159,15 +158,19 @@ def _start(
         params = weights["params"]
     else:
         params = initial_parameters(config.model, config.seed)
-    state = start_state(params, make_optimizer(config.optimizer, stage), seed=config.seed)
+    state = start_state(params, _optimizer(config, stage), seed=config.seed)
     return state, {"stage": first, "step": 0, "data": None}
 
 
 def _template(config: ExperimentConfig, stage: StageConfig) -> TrainState:
     """Shapes of the state; the same in every stage, which all use one optimizer."""
     _, params = abstract_decoder(config.model)
-    optimizer = make_optimizer(config.optimizer, stage)
+    optimizer = _optimizer(config, stage)
     return jax.eval_shape(lambda p: start_state(p, optimizer, seed=config.seed), params)
+
+
+def _optimizer(config: ExperimentConfig, stage: StageConfig):
+    return make_optimizer(config.optimizer, stage, seed=config.seed)
 
 
 def sequence_format(config: ExperimentConfig, corpus_tokenizer, *, memory: bool) -> SequenceFormat:
@@ -198,9 +201,12 @@ def run_stage(
     """
     config, training, goodput = run.config, run.config.training, run.goodput
     form = sequence_format(config, run.corpus.tokenizer, memory=stage.memory)
-    optimizer = make_optimizer(config.optimizer, stage)
+    parts = {"graphdef": run.graphdef, "form": form, "accumulation": stage.accumulation}
+    ire = config.optimizer.ire
     step_function = compile_train_step(
-        graphdef=run.graphdef, form=form, optimizer=optimizer, accumulation=stage.accumulation
+        optimizer=_optimizer(config, stage),
+        curvature=ire and batch_curvature(ire, **parts),
+        **parts,
     )
     batches = _batches(run, name, stage)
     if position["data"] is not None:

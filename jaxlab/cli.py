@@ -105,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     facts.add_argument("--questions", type=_positive, default=500, metavar="N", help="(500)")
     facts.add_argument("--json", required=True, metavar="FILE")
 
+    text = "trace of Fisher matrix and Hessian, top eigenvalues, of the training loss"
+    sharpness = command(evaluate, "sharpness", _eval_sharpness, text)
+    sharpness.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    rows = "training rows or images to look at (64 rows, 512 images)"
+    sharpness.add_argument("--examples", type=_positive, metavar="N", help=rows)
+    sharpness.add_argument("--draws", type=_positive, default=8, metavar="N", help="(8)")
+    sharpness.add_argument("--eigenvalues", type=_positive, default=1, metavar="K", help="(1)")
+    sharpness.add_argument("--iterations", type=_positive, default=20, metavar="N", help="(20)")
+    sharpness.add_argument("--seed", type=_seed, default=0)
+    sharpness.add_argument("--json", required=True, metavar="FILE")
+
     command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
     return parser
 
@@ -165,9 +176,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxlab.config import load_config
 
     config = load_config(arguments.config, arguments.set)
-    from jaxlab.training.loop import train
+    from jaxlab.workloads import trainer
 
-    result = train(config, arguments.out)
+    result = trainer(config.workload)(config, arguments.out)
     if result.interrupted:
         overrides = ["--set", *arguments.set] if arguments.set else []
         again = ["jaxlab", "train", arguments.config, *overrides, "--out", arguments.out]
@@ -309,6 +320,22 @@ def _eval_facts(arguments: argparse.Namespace) -> None:
         load_model(arguments.run), seed=arguments.seed, questions=arguments.questions
     )
     result = dataclasses.asdict(recall)
+    write_json(arguments.json, result)
+    print(json.dumps(result))
+
+
+def _eval_sharpness(arguments: argparse.Namespace) -> None:
+    from jaxlab.evaluation.sharpness import evaluate_sharpness
+
+    found = evaluate_sharpness(
+        arguments.run,
+        examples=arguments.examples,
+        draws=arguments.draws,
+        eigenvalues=arguments.eigenvalues,
+        iterations=arguments.iterations,
+        seed=arguments.seed,
+    )
+    result = dataclasses.asdict(found)
     write_json(arguments.json, result)
     print(json.dumps(result))
 

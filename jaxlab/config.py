@@ -29,6 +29,7 @@ from jaxlab.training_config import (
     positive,
     require,
 )
+from jaxlab.workloads import WORKLOADS, config_class
 
 __all__ = [
     "BlockwiseConfig",
@@ -244,17 +245,22 @@ class ExperimentConfig:
         return self.seed if self.data.seed is None else self.data.seed
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     """Read a YAML file, lay ``a.b=value`` overrides on top and check the result.
 
-    Raises ConfigError naming the file (or the override), the dotted key and what is known instead.
+    Returns the configuration class of the file's ``workload``: ExperimentConfig for a language
+    model. Raises ConfigError naming the file (or the override), the dotted key and what is known
+    instead.
     """
     path = Path(path)
     raw = strict_yaml.read_mapping(path)
     source = strict_yaml.apply_overrides(raw, overrides, str(path))
-    if isinstance(raw.get("model"), dict):
+    workload = raw.get("workload", "language-model")
+    if workload not in WORKLOADS:
+        raise source.error("workload", f"{workload!r} is none of {', '.join(WORKLOADS)}")
+    if workload == "language-model" and isinstance(raw.get("model"), dict):
         raw["model"] = _with_preset(raw["model"], source)
-    return strict_yaml.build(ExperimentConfig, raw, source)
+    return strict_yaml.build(config_class(workload), raw, source)
 
 
 def _with_preset(model: dict[str, Any], source: strict_yaml.Source) -> dict[str, Any]:
@@ -289,13 +295,13 @@ def config_hash(config: Any) -> str:
     return _digest(to_dict(config))
 
 
-def identity(config: ExperimentConfig) -> dict[str, Any]:
+def identity(config: Any) -> dict[str, Any]:
     """What decides a run's numbers: all but its name and how often it reports and saves."""
     values = to_dict(config)
     return {key: values[key] for key in values if key not in ("name", "training")}
 
 
-def identity_hash(config: ExperimentConfig) -> str:
+def identity_hash(config: Any) -> str:
     """SHA-256 of the canonical JSON of ``identity(config)``."""
     return _digest(identity(config))
 

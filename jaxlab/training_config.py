@@ -87,9 +87,10 @@ class OptimizerConfig:
 
     ``muon`` orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's, and
     leaves embeddings, output head and norms to AdamW; both follow the stage's learning rate.
+    ``lite-muon`` doubles the matrices' steps along their flat directions (arXiv 2602.22681).
     """
 
-    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    name: Literal["adamw", "sgd", "muon", "lite-muon"] = "adamw"
     learning_rate: float | None = None  # of every stage that names none
     b1: float = 0.9
     b2: float = 0.95

@@ -378,7 +378,7 @@ def next_token_problem(
     def sampled(params: PyTree, key: Array, tokens: Array, mask: Array) -> Float[Array, ""]:
         decoder = nnx.merge(graphdef, params)
         hidden, head = form.hidden(decoder, {"tokens": tokens}), decoder.unembedding()
-        drawn = _sampled_targets(*jax.lax.stop_gradient((hidden, head)), key)
+        drawn = losses.sampled_targets(hidden, head, key)
         return losses.cross_entropy_sum(hidden, head, drawn, mask)
 
     batches = []
@@ -389,20 +389,3 @@ def next_token_problem(
         rows = np.pad(tokens[part], blank), np.pad(mask[part].astype(np.float32), blank)
         batches.append(tuple(jnp.asarray(x) for x in rows))
     return Problem(jax.device_put(params), loss, sampled, batches, n=int(mask.sum()))
-
-
-def _sampled_targets(
-    hidden: Float[Array, "B T D"], weights: Float[Array, "D V"], key: Array
-) -> Int[Array, "B T"]:
-    """Tokens drawn from the model at every position, block by block like the loss."""
-    batch, length = hidden.shape[:2]
-    block = losses._block_length(batch, length, weights.shape[1])
-    parts = losses._blocks(hidden, block)
-
-    def one(args: tuple[Array, Array]) -> Array:
-        key, rows = args
-        logits = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
-        return jax.random.categorical(key, logits)
-
-    drawn = jax.lax.map(one, (jax.random.split(key, len(parts)), parts))
-    return drawn.swapaxes(0, 1).reshape(batch, length)

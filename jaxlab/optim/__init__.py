@@ -3,7 +3,13 @@
 from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import decay_mask, make_optimizer
 from jaxlab.optim.followups import BLOCKWISE, grad_power, scale_by_block
-from jaxlab.optim.ire import FlatDirectionsState, ire, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim.ire import (
+    FlatDirectionsState,
+    flat_fractions,
+    ire,
+    refresh_flat_mask,
+    scale_flat_directions,
+)
 from jaxlab.optim.lite import LiteMuonState, lite_muon
 from jaxlab.optim.sam import AverageSamState, average_sam, sam
 from jaxlab.optim.schedules import make_schedule
@@ -16,6 +22,7 @@ __all__ = [
     "average_sam",
     "block_labels",
     "decay_mask",
+    "flat_fractions",
     "grad_power",
     "ire",
     "lite_muon",

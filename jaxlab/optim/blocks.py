@@ -15,6 +15,9 @@ MATRICES = {
     "up": (1, 2),
     "down": (1, 2),
 }
+# Root mean square of an AdamW update, to which Muon's are scaled: one learning rate fits both
+# (arXiv 2502.16982, section 2.2).
+ADAMW_RMS = 0.2
 _BLOCK_OF = {
     "embedding": "embedding",
     "head": "head",

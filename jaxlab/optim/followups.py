@@ -1,5 +1,6 @@
 """Relatives of IRE that need no curvature: each is one link of an optax chain."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -9,18 +10,12 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxlab.optim.blocks import block_labels
+from jaxlab.training_config import BlockwiseConfig
 
 # Larger steps for blocks with less sharpness (arXiv 2502.19002, equation 4). The paper has no
 # number for an untied head; its code keeps it at the base rate.
 BLOCKWISE: Mapping[str, float] = MappingProxyType(
-    {
-        "norm": 1.0,
-        "head": 1.0,
-        "value_output": 4.0,
-        "feed_forward": 6.0,
-        "query_key": 8.0,
-        "embedding": 10.0,
-    }
+    {"norm": 1.0, **dataclasses.asdict(BlockwiseConfig())}
 )
 
 

@@ -204,6 +204,25 @@ def refresh_flat_mask(
     return out
 
 
+def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:
+    """Share of flat coordinates in each group of parameters, wherever in a state the mask is.
+
+    ``labels`` maps a tree like the parameters to one of group names; None: each leaf by its path.
+    An empty dictionary when there is no mask. Pure; may be jitted.
+    """
+    mask = optax.tree.get(opt_state, "flat_mask", None)
+    if mask is None:
+        return {}
+    names = _labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
+    flat: dict[str, list[Array]] = {}
+    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
+        flat.setdefault(name, []).append(leaf)
+    return {
+        name: as_float(count_true(leaves)) / sum(leaf.size for leaf in leaves)
+        for name, leaves in flat.items()
+    }
+
+
 _NO_CURVATURE = (
     "a refresh of the flat directions needs a curvature: pass curvature_fn=f(params, key) or "
     "curvature=TREE to update, make the transformation with curvature=f, or with "

@@ -16,14 +16,12 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Float, PyTree
 
-from jaxlab.optim.blocks import MATRICES, matrix_axes, step_name
+from jaxlab.optim.blocks import ADAMW_RMS, MATRICES, matrix_axes, step_name
 from jaxlab.optim.ire import Scalar
 
 # Five rounds of Muon's quintic, which lift small singular values, and two of the quintic that
 # converges to 1 (15/8, -10/8, 3/8): Muon's alone leave 0.7 to 1.2, too coarse for a projector.
 POLAR_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5 + ((1.875, -1.25, 0.375),) * 2
-# Root mean square of an AdamW update, to which Muon's are scaled (arXiv 2502.16982, section 2.2).
-_ADAMW_RMS = 0.2
 # How fast the threshold follows the number of sharp directions.
 _UP, _DOWN = 1.05, 0.95
 _ROUNDS = {"ns_steps": len(POLAR_COEFFICIENTS)}
@@ -108,7 +106,7 @@ def _lite_matrices(
         gain = flat_gain(state.muon.count) if callable(flat_gain) else flat_gain
         axes = matrix_axes(updates)
         polar, muon_state = muon.update(updates, state.muon)
-        steps = jax.tree.map(lambda u, a: u * (_ADAMW_RMS * max(_sides(u, a)) ** 0.5), polar, axes)
+        steps = jax.tree.map(lambda u, a: u * (ADAMW_RMS * max(_sides(u, a)) ** 0.5), polar, axes)
         steps, rate_state = rate.update(steps, state.rate, params)
 
         def one(step: Array, momentum: Array, polar: Array, ratio: Array, axes) -> tuple:

@@ -16,7 +16,9 @@ from jaxlab.config import ExperimentConfig, StageConfig, identity, identity_hash
 from jaxlab.data.pipeline import TextSamples, training_iterator
 from jaxlab.errors import CheckpointError, JaxlabError
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
+from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import make_optimizer
+from jaxlab.optim.ire import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
@@ -231,7 +233,7 @@ def run_stage(
             if evaluates:
                 with goodput.measure("evaluate"):
                     run.validation_loss = evaluate(state.params)
-                record.evaluation(offset + done, run.validation_loss)
+                record.evaluation(offset + done, run.validation_loss, state.opt_state)
             if saves:
                 with goodput.measure("save"):
                     place = {"stage": name, "step": offset + done, "data": batches.get_state()}
@@ -345,11 +347,19 @@ class _Recorder:
         run.metrics.write(self._offset + done, {**numbers, **extra}, stage=self._name)
         bar.update(done, loss=numbers["loss"])
 
-    def evaluation(self, step: int, loss: float | None) -> None:
-        """Write a validation loss."""
+    def evaluation(self, step: int, loss: float | None, opt_state: Any) -> None:
+        """Write a validation loss, and with IRE the flat share of each kind of block."""
         if loss is not None:
-            self._run.metrics.write(step, {"validation_loss": loss}, stage=self._name)
+            shares = jax.device_get(_flat_fractions(opt_state))
+            numbers = {f"flat_fraction/{name}": value for name, value in shares.items()}
+            numbers = {"validation_loss": loss, **numbers}
+            self._run.metrics.write(step, numbers, stage=self._name)
             self._run.report(f"{self._name} step {step}: validation loss {loss:.4f} nats a token")
+
+
+@jax.jit
+def _flat_fractions(opt_state: Any) -> dict[str, jax.Array]:
+    return flat_fractions(opt_state, block_labels)
 
 
 def load_run(run: str | Path) -> ExperimentConfig:
@@ -359,4 +369,7 @@ def load_run(run: str | Path) -> ExperimentConfig:
     path = Path(run) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
-    return load_config(path)
+    config = load_config(path)
+    if not isinstance(config, ExperimentConfig):
+        raise CheckpointError(f"{run}: is a run of {config.workload}, not of a language model")
+    return config

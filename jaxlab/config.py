@@ -256,7 +256,7 @@ def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     raw = strict_yaml.read_mapping(path)
     source = strict_yaml.apply_overrides(raw, overrides, str(path))
     workload = raw.get("workload", "language-model")
-    if workload not in WORKLOADS:
+    if not isinstance(workload, str) or workload not in WORKLOADS:
         raise source.error("workload", f"{workload!r} is none of {', '.join(WORKLOADS)}")
     if workload == "language-model" and isinstance(raw.get("model"), dict):
         raw["model"] = _with_preset(raw["model"], source)

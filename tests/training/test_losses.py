@@ -123,3 +123,22 @@ def test_huge_logits_neither_overflow_nor_lose_the_loss():
     )
     np.testing.assert_allclose(loss, plain(hidden * 1e4, weights, targets, mask), rtol=1e-5)
     assert all(np.all(np.isfinite(np.asarray(gradient))) for gradient in gradients)
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    """Also where the vocabulary is no square, so that the last group is filled up."""
+    hidden, weights, _, _ = example()
+    draw = jax.jit(lambda key: losses.sampled_targets(hidden, 3 * weights[:, :37], key))
+    drawn = jax.vmap(draw)(jax.random.split(jax.random.key(1), 4000))
+    expected = jax.nn.softmax(jnp.matmul(hidden, 3 * weights[:, :37]))
+    counted = jnp.mean(jax.nn.one_hot(drawn, 37), axis=0)
+    error = jnp.sqrt(expected * (1 - expected) / 4000)
+    assert float(jnp.max(jnp.abs(counted - expected) / (error + 1e-4))) < 5.5
+    assert int(drawn.min()) >= 0 and int(drawn.max()) < 37
+
+
+def test_what_is_certain_is_drawn_always():
+    hidden = jnp.eye(8)[None]
+    weights = 200.0 * jnp.eye(8, VOCAB)
+    drawn = losses.sampled_targets(hidden, weights, jax.random.key(0))
+    np.testing.assert_array_equal(drawn, jnp.arange(8)[None])

@@ -41,7 +41,7 @@ class FlatDirectionsState(NamedTuple):
 
     ``flat_mask`` is sharded like the parameters and False until the first refresh. The diagnostics
     are those of the last refresh: share of coordinates that are flat, share of exact zeros, and the
-    threshold of each group.
+    threshold of each group. ``optax.tree.map_params`` tells its parts when the scope is global.
     """
 
     count: Int32[Array, ""]

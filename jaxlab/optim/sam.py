@@ -58,7 +58,7 @@ def sam(
 
 
 def average_sam(
-    base: optax.GradientTransformation, rho: float | Array, *, seed: int = 0
+    base: optax.GradientTransformation, rho: float | Array, *, seed: int | Array = 0
 ) -> optax.GradientTransformationExtraArgs:
     """``base`` fed with the gradient at ``params + rho xi/|xi|`` with Gaussian xi.
 

@@ -9,6 +9,8 @@ import numpy as np
 from jaxlab.evaluation.facts import Recall
 from jaxlab.evaluation.perplexity import DocumentScores, Interval
 
+_COLORS = ("#8a8f98", "#2a7f62", "#3b6ea5", "#c26a3d")
+
 
 def _figure(width: float = 6.0, height: float = 3.6):
     # No pyplot: it keeps global state and looks for a screen.
@@ -83,6 +85,22 @@ def plot_sweep(result: Mapping[str, Any], path: Path, *, metric: str) -> Path:
     axes.set_ylabel(metric.replace("_", " "))
     if any(lines):
         axes.legend(frameon=False, fontsize=8)
+
+
+def plot_paths(paths: Mapping[float, np.ndarray], path: Path) -> Path:
+    """Paths of IRE in the plane of a flat u and a sharp v, by strength (arXiv 2405.20763, fig. 1).
+
+    Every second point is shown: v changes its sign with each step.
+    """
+    figure, axes = _figure()
+    for (kappa, points), color in zip(paths.items(), _COLORS, strict=False):
+        shown = points[::2]
+        axes.plot(shown[:, 0], shown[:, 1], ".-", color=color, label=f"kappa {kappa:g}")
+        axes.plot(*points[-1], "o", color=color, markerfacecolor="white")
+    axes.set_xlabel("u (flat; sharpness is 1 + u²)")
+    axes.set_ylabel("v (sharp)")
+    axes.set_title("Gradient descent with IRE on (1 + u²) v²/2, learning rate 1")
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     return path
 
@@ -93,3 +111,23 @@ def _positions(values: Sequence[str]) -> dict[str, float]:
         return {value: float(value) for value in values}
     except ValueError:
         return {value: float(number) for number, value in enumerate(dict.fromkeys(values))}
+
+
+def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, expected: float) -> Path:
+    """Where u is when theory expects it at one place, over 1 + kappa, for each rule."""
+    figure, axes = _figure(width=7.0)
+    lines: dict[str, list] = {}
+    for row in rows:
+        label = f"{row['rule']} ({row['problem']}), eta {row['eta']:g}, rho {row['rho']:g}"
+        lines.setdefault(label, []).append((1 + row["kappa"], row["u"]))
+    for label, points in lines.items():
+        axes.plot(*np.transpose(points), "o-", markersize=4, label=label)
+    axes.axhline(expected, color="black", linewidth=0.8, linestyle=":", label="theory, small eta")
+    axes.set_xscale("log")
+    axes.set_ylim(0.5, 0.65)
+    axes.set_xlabel("1 + kappa")
+    axes.set_ylabel("u after T/(1 + kappa) steps")
+    axes.set_title("IRE takes 1 + kappa times fewer steps to the same sharpness")
+    axes.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120)
+    return path

@@ -85,6 +85,16 @@ def plot_sweep(result: Mapping[str, Any], path: Path, *, metric: str) -> Path:
     axes.set_ylabel(metric.replace("_", " "))
     if any(lines):
         axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _positions(values: Sequence[str]) -> dict[str, float]:
+    """Where values stand on an axis: at themselves if all are numbers, else in order."""
+    try:
+        return {value: float(value) for value in values}
+    except ValueError:
+        return {value: float(number) for number, value in enumerate(dict.fromkeys(values))}
 
 
 def plot_paths(paths: Mapping[float, np.ndarray], path: Path) -> Path:
@@ -103,14 +113,6 @@ def plot_paths(paths: Mapping[float, np.ndarray], path: Path) -> Path:
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
     return path
-
-
-def _positions(values: Sequence[str]) -> dict[str, float]:
-    """Where values stand on an axis: at themselves if all are numbers, else in order."""
-    try:
-        return {value: float(value) for value in values}
-    except ValueError:
-        return {value: float(number) for number, value in enumerate(dict.fromkeys(values))}
 
 
 def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, expected: float) -> Path:

@@ -143,7 +143,7 @@ def last_numbers(run: Path) -> dict[str, float]:
     if not evaluations:
         raise SweepError(f"{run}: has no {_METRIC} to compare; this workload cannot be swept")
     last = evaluations[-1]
-    numbers = {k: v for k, v in last.items() if isinstance(v, float) and "/" not in k}
+    numbers = {k: v for k, v in last.items() if isinstance(v, float)}
     losses = [line["loss"] for line in lines if "loss" in line][-_LAST_STEPS:]
     return {**numbers, "training_loss": statistics.fmean(losses)} if losses else numbers
 

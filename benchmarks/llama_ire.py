@@ -1,0 +1,254 @@
+"""Does IRE train a Llama faster than a tuned AdamW? Every row at its best rate, with controls.
+
+    python benchmarks/llama_ire.py --source DOCUMENTS --out runs/llama_ire --json FILE
+
+AdamW is swept over the learning rate at two schedule lengths, then IRE over (kappa, gamma) at the
+shorter one and AdamW's best rate, as the paper does (arXiv 2405.20763, §4.3). Controls: a random
+mask of equal density, AdamW with the rate times 1 + kappa gamma, and as further rows blockwise
+rates, Muon and LITE, each with a sweep of its own. The best cell of each row gets the other seeds.
+All cells are runs of configs/llama_ire_small.yaml; what is done is not done again.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlab.config import identity_hash, load_config
+from jaxlab.data.sources import load_documents, split_documents
+from jaxlab.data.tokenizer import train_tokenizer
+from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.sweep import Cell, run_cell
+from jaxlab.training.metrics import read_metrics
+
+CONFIG = "configs/llama_ire_small.yaml"
+ADAMW, TWICE, IRE, RANDOM = "AdamW", "AdamW, twice the steps", "AdamW + IRE", "AdamW + random mask"
+RATES = ("5e-4", "1e-3", "1.4e-3", "2e-3", "4e-3")
+TWICE_RATES = ("7e-4", "1e-3", "2e-3")
+GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
+# Rows that a reader will compare, each with rates of its own.
+PEERS = {
+    "AdamW, blockwise rates": ({"optimizer.blockwise": "{}"}, ("2.5e-4", "5e-4")),
+    "Muon": ({"optimizer.name": "muon", "optimizer.momentum": "0.95"}, ("2e-3", "4e-3")),
+    "LITE on Muon": ({"optimizer.name": "lite-muon", "optimizer.momentum": "0.95"}, ("2e-3",)),
+}
+# Two-sided 95 % quantiles of Student's t for n - 1 degrees of freedom.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+class Study:
+    """Runs cells and remembers which row each belongs to."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rows = args, {}
+        tokenizer = args.out / "tokenizer.model"
+        self.fixed = [f"data.source={args.source}", f"tokenizer.path={tokenizer}"]
+        if not tokenizer.exists():
+            args.out.mkdir(parents=True, exist_ok=True)
+            _train_tokenizer(args.source, tokenizer)
+
+    def loss(self, row: str, settings: dict[str, str], *, steps: int, seed: int) -> float:
+        """Validation loss of one run; infinite when it diverged."""
+        values = {
+            **settings,
+            "stages.warmup.steps": str(steps),
+            "stages.warmup.schedule.warmup_steps": str(steps // 10),
+            "seed": str(seed),
+        }
+        cell = Cell(values)
+        wanted = identity_hash(load_config(CONFIG, [*self.fixed, *cell.overrides]))
+        found = run_cell(CONFIG, cell, out=self.args.out, overrides=self.fixed, identity=wanted)
+        speed = _speed(self.args.out / cell.name) if found["status"] == "done" else None
+        entry = {
+            **found,
+            "run": cell.name,
+            "steps": steps,
+            "seed": seed,
+            "tokens_per_second": speed,
+        }
+        self.rows.setdefault(row, []).append(entry)
+        value = found.get("validation_loss", math.inf)
+        print(f"{row}  {' '.join(cell.overrides)}  {value:.4f}", flush=True)
+        return value
+
+    def best(self, row: str, options: list[dict[str, str]], *, steps: int) -> dict[str, str]:
+        """The settings with the lowest loss at the first seed, run with the other seeds too."""
+        losses = [self.loss(row, o, steps=steps, seed=self.args.seeds[0]) for o in options]
+        chosen = options[int(np.argmin(losses))]
+        for seed in self.args.seeds[1:]:
+            self.loss(row, chosen, steps=steps, seed=seed)
+        return chosen
+
+
+def _train_tokenizer(source: str, path: Path) -> None:
+    config = load_config(CONFIG, [f"data.source={source}"])
+    documents = load_documents(source, limit_bytes=config.data.limit_bytes)
+    training, _ = split_documents(
+        documents, validation_fraction=config.data.validation_fraction, seed=config.data_seed
+    )
+    texts = [document.text for document in training]
+    size = config.tokenizer.vocab_size
+    train_tokenizer(texts, vocab_size=size, path=path, seed=config.data_seed)
+
+
+def _speed(run: Path) -> float:
+    """Tokens a second over a run, refreshes included: the harmonic mean of its steps."""
+    speeds = [x["tokens_per_second"] for x in read_metrics(run) if x.get("tokens_per_second")]
+    return statistics.harmonic_mean(speeds)
+
+
+def run_study(args: argparse.Namespace) -> dict[str, Any]:
+    """All cells in order, then the summary."""
+    study, steps = Study(args), args.steps
+    plain = {"optimizer.ire": "null"}
+
+    def at(rates: tuple[str, ...], settings: dict[str, str]) -> list[dict[str, str]]:
+        return [{**settings, "optimizer.learning_rate": rate} for rate in rates]
+
+    best = study.best(ADAMW, at(RATES, plain), steps=steps)
+    rate = best["optimizer.learning_rate"]
+    study.best(TWICE, at(TWICE_RATES, plain), steps=2 * steps)
+
+    def ire(kappa: float, gamma: float, **more: str) -> dict[str, str]:
+        mask = {"optimizer.ire.kappa": f"{kappa:g}", "optimizer.ire.gamma": f"{gamma:g}"}
+        return {"optimizer.learning_rate": rate, **mask, **more}
+
+    chosen = study.best(IRE, [ire(*pair) for pair in GRID], steps=steps)
+    kappa, gamma = (float(chosen[f"optimizer.ire.{key}"]) for key in ("kappa", "gamma"))
+    study.best(RANDOM, [ire(kappa, gamma, **{"optimizer.ire.curvature": "random"})], steps=steps)
+    larger = f"{float(rate) * (1 + kappa * gamma):.3g}"
+    study.best("AdamW, rate x (1 + kappa gamma)", at((larger,), plain), steps=steps)
+    for name, (settings, rates) in PEERS.items():
+        study.best(name, at(rates, {**plain, **settings}), steps=steps)
+    return summarise(study, args)
+
+
+def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows at their best settings: losses, differences by seed, speed-ups, sharpness."""
+    base, twice = (_at_best(study.rows[name]) for name in (ADAMW, TWICE))
+    table = []
+    for name, cells in study.rows.items():
+        mine = _at_best(cells)
+        table.append(
+            {
+                "row": name,
+                "set": {k: v for k, v in mine[0]["set"].items() if k.startswith("optimizer")},
+                "validation_loss": _interval([c["validation_loss"] for c in mine]),
+                "over_adamw": _paired(mine, base),
+                "steps": mine[0]["steps"],
+                "tokens_per_second": statistics.fmean(c["tokens_per_second"] for c in mine),
+                "speed_up": None if name == TWICE else _speed_up(mine, base, twice),
+                "flat_fraction": {k: v for k, v in mine[0].items() if k.startswith("flat")},
+                "fisher_trace": _fisher(args, mine),
+            }
+        )
+    return {
+        "machine": machine(),
+        "command": " ".join(["python", *sys.argv]),
+        "steps": args.steps,
+        "seeds": args.seeds,
+        "table": table,
+        "cells": study.rows,
+    }
+
+
+def _at_best(cells: list[dict]) -> list[dict]:
+    """The cells of a row that share the settings of the best one, a seed each."""
+    done = [cell for cell in cells if cell["status"] == "done"]
+    best = min(done, key=lambda cell: cell["validation_loss"] if cell["seed"] == 0 else math.inf)
+
+    def settings(cell: dict) -> dict:
+        return {key: value for key, value in cell["set"].items() if key != "seed"}
+
+    return [cell for cell in done if settings(cell) == settings(best)]
+
+
+def _interval(values: list[float]) -> dict[str, Any]:
+    """Mean and 95 % interval of the mean over seeds."""
+    mean, half = statistics.fmean(values), None
+    if len(values) > 1:
+        half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "half_width": half, "values": values}
+
+
+def _paired(mine: list[dict], base: list[dict]) -> dict[str, Any]:
+    """Difference of losses seed by seed: same rows, same order, same initial weights."""
+    of_seed = {cell["seed"]: cell["validation_loss"] for cell in base}
+    gaps = [c["validation_loss"] - of_seed[c["seed"]] for c in mine if c["seed"] in of_seed]
+    return _interval(gaps)
+
+
+def _speed_up(mine: list[dict], base: list[dict], twice: list[dict]) -> dict[str, float]:
+    """Steps that AdamW would need for this loss over the steps taken, and the same in seconds.
+
+    Between the two lengths, and a little beyond, AdamW's loss is taken as linear in log(steps).
+    """
+    ours, short, long = (
+        statistics.fmean(c["validation_loss"] for c in cells) for cells in (mine, base, twice)
+    )
+    steps = 2 ** ((short - ours) / (short - long))
+    times = [statistics.fmean(c["tokens_per_second"] for c in cells) for cells in (mine, base)]
+    return {"steps": steps, "seconds": steps * times[0] / times[1]}
+
+
+def _fisher(args: argparse.Namespace, mine: list[dict]) -> dict[str, float] | None:
+    """Sharpness of the first seed's weights."""
+    if not args.sharpness:
+        return None
+    from jaxlab.evaluation.sharpness import evaluate_sharpness
+
+    found = evaluate_sharpness(
+        args.out / mine[0]["run"], examples=args.sharpness, draws=4, report=lambda _: None
+    )
+    return {"value": found.fisher_trace, "error": found.fisher_trace_error, "loss": found.loss}
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Differences to AdamW at the same steps, with their intervals."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["table"] if row["row"] != ADAMW]
+    figure = Figure(figsize=(7.0, 0.45 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(reversed(rows)):
+        gap = row["over_adamw"]
+        axes.errorbar(
+            gap["mean"], place, xerr=gap["half_width"] or 0.0, fmt="o", color="#2a7f62", capsize=3
+        )
+    axes.set_yticks(range(len(rows)), [row["row"] for row in reversed(rows)])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("validation loss minus tuned AdamW's at the same steps, nats a token")
+    figure.savefig(path, dpi=120)
+
+
+def _print(report: dict[str, Any]) -> None:
+    for row in report["table"]:
+        gap, speed, trace = row["over_adamw"], row["speed_up"], row["fisher_trace"]
+        text = f"{row['row']:<34} {row['validation_loss']['mean']:.4f}  {gap['mean']:+.4f}"
+        text += f" ± {gap['half_width']:.4f}" if gap["half_width"] is not None else ""
+        text += f"  x{speed['steps']:.2f} steps, x{speed['seconds']:.2f} time" if speed else ""
+        print(text + (f"  tr F {trace['value']:.1f}" if trace else ""))
+
+
+def main() -> None:
+    """Run what is missing, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", required=True, help="documents, as for jaxlab train")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sharpness", type=int, default=64, help="rows for the trace; 0: none")
+    parser.add_argument("--json", required=True, type=Path)
+    args = parser.parse_args()
+    report = run_study(args)
+    _print(report)
+    write_json(args.json, report)
+    plot(report, args.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -243,3 +243,37 @@ def test_every_preset_is_a_model():
 
     for name, values in PRESETS.items():
         assert ModelConfig(**values, preset=name).layers == values["layers"]
+
+
+def test_the_optimizers_learning_rate_is_that_of_every_stage(tiny):
+    text = TINY.replace(", learning_rate: 1e-3", "").replace(", learning_rate: 1e-4", "")
+    tiny.write_text(text)
+    config = load_config(tiny, ["optimizer.learning_rate=0.5"])
+    assert config.stages.warmup.learning_rate == config.stages.continual.learning_rate == 0.5
+    save_yaml(config, tiny.with_name("again.yaml"))
+    assert load_config(tiny.with_name("again.yaml")) == config
+
+
+def test_a_learning_rate_is_given_once(tiny):
+    message = message_of(tiny, "optimizer.learning_rate=0.5")
+    assert "stages.warmup.learning_rate: is 0.001, and optimizer.learning_rate is 0.5" in message
+    tiny.write_text(TINY.replace(", learning_rate: 1e-3", ""))
+    assert "stages.warmup.learning_rate: missing" in message_of(tiny)
+
+
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        ("optimizer.ire={}", "optimizer.ire.kappa: missing"),
+        ("optimizer.ire.kappa=-1", "kappa: must not be negative"),
+        ("optimizer.ire={kappa: 1, gamma: 0}", "gamma: must be positive"),
+        ("optimizer.ire={kappa: 1, gamma: 1.5}", "gamma: must lie between 0 and 1"),
+        ("optimizer.ire={kappa: 1, draws: 2, curvature: random}", "draws: several draws are"),
+        ("optimizer.ire={kappa: 1, curvature_decay: 1.0}", "curvature_decay: must lie in [0, 1)"),
+        ("optimizer.blockwise={norm: 2.0}", "unknown key"),
+        ("optimizer.sam_radius=0", "sam_radius: must be positive"),
+        ("workload=[vision]", "workload: ['vision'] is none of language-model, vision"),
+    ],
+)
+def test_settings_of_ire_that_cannot_be_are_refused(tiny, override, problem):
+    assert problem in message_of(tiny, override)

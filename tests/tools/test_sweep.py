@@ -1,0 +1,122 @@
+"""Laws of a sweep: every combination once, nothing twice, divergence is a result."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jaxlab.errors import ConfigError
+from jaxlab.tools import sweep
+from jaxlab.tools.sweep import SweepError, cells_of, run_sweep
+from jaxlab.training.guards import NotFiniteError
+
+CONFIG = """
+name: tiny
+model: {layers: 1, heads: 1, kv_heads: 1, head_dim: 8, ffn_width: 8}
+data: {source: facts:0, sequence_length: 64}
+stages: {warmup: {steps: 2, batch_size: 1}}
+"""
+
+
+class Trainer:
+    """Stands for the child processes: a loss that depends on rate and seed."""
+
+    def __init__(self):
+        self.commands, self.codes = [], {}
+
+    def __call__(self, command, **kwargs):
+        self.commands.append(command)
+        run = Path(command[command.index("--out") + 1])
+        values = dict(text.split("=") for text in command[command.index("--set") + 1 :])
+        code = self.codes.get(values["optimizer.learning_rate"], 0)
+        if code == 0:
+            run.mkdir(parents=True)
+            loss = float(values["optimizer.learning_rate"]) + 0.1 * float(values.get("seed", 0))
+            lines = [{"step": 1, "loss": loss + 1.0}, {"step": 2, "validation_loss": loss}]
+            (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        else:
+            kwargs["stdout"].write("error: the reason\n")
+        return SimpleNamespace(returncode=code)
+
+
+@pytest.fixture
+def trainer(monkeypatch) -> Trainer:
+    fake = Trainer()
+    monkeypatch.setattr(sweep.subprocess, "run", fake)
+    return fake
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return str(tmp_path / "tiny.yaml")
+
+
+def run(config, tmp_path, *over, **settings):
+    lines = []
+    result = run_sweep(
+        config, over, json_file=tmp_path / "out.json", report=lines.append, **settings
+    )
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+    return result, lines
+
+
+def test_cells_are_the_grid_with_the_last_key_turning_fastest():
+    cells = cells_of(["a.b=1,2", "seed=0, 1"])
+    found = [cell.overrides for cell in cells]
+    assert found == [
+        ["a.b=1", "seed=0"],
+        ["a.b=1", "seed=1"],
+        ["a.b=2", "seed=0"],
+        ["a.b=2", "seed=1"],
+    ]
+    assert len({cell.name for cell in cells}) == 4
+
+
+@pytest.mark.parametrize("over", [["a"], ["=1"], ["a=1,,2"], ["a=1", "a=2"]])
+def test_what_is_no_list_of_values_is_refused(over):
+    with pytest.raises(ConfigError, match=r"^--over "):
+        cells_of(over)
+
+
+def test_seeds_are_averaged_and_the_lowest_mean_is_the_best(trainer, config, tmp_path):
+    result, lines = run(config, tmp_path, "optimizer.learning_rate=0.3,0.2", "seed=0,1")
+    assert [row["validation_loss"] for row in result["rows"]] == pytest.approx([0.3, 0.4, 0.2, 0.3])
+    assert [group["mean"] for group in result["groups"]] == pytest.approx([0.35, 0.25])
+    assert result["groups"][0]["std"] == pytest.approx(0.1 / 2**0.5)
+    assert result["best"] == {"optimizer.learning_rate": "0.2"}
+    assert lines[0] == "1/4  optimizer.learning_rate=0.3 seed=0  validation_loss 0.3000"
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_done_again(trainer, config, tmp_path):
+    first, _ = run(config, tmp_path, "optimizer.learning_rate=0.3,0.2")
+    assert len(trainer.commands) == 2
+    again, _ = run(config, tmp_path, "optimizer.learning_rate=0.3,0.2,0.1")
+    assert len(trainer.commands) == 3 and again["rows"][:2] == first["rows"]
+    with pytest.raises(SweepError, match="another configuration"):
+        run(config, tmp_path, "optimizer.learning_rate=0.3", overrides=["seed=5"])
+
+
+def test_a_run_that_diverges_is_a_result_and_never_the_best(trainer, config, tmp_path):
+    trainer.codes = {"0.1": NotFiniteError.exit_code}
+    result, lines = run(config, tmp_path, "optimizer.learning_rate=0.1,0.2")
+    assert [group["diverged"] for group in result["groups"]] == [1, 0]
+    assert result["best"] == {"optimizer.learning_rate": "0.2"}
+    assert lines[0].endswith("diverged")
+
+
+def test_another_failure_ends_the_sweep_with_its_reason(trainer, config, tmp_path):
+    trainer.codes = {"0.2": 1}
+    with pytest.raises(SweepError, match=r"learning_rate=0.2: ended with 1: error: the reason"):
+        run(config, tmp_path, "optimizer.learning_rate=0.3,0.2")
+    trainer.codes = {}
+    run(config, tmp_path, "optimizer.learning_rate=0.3,0.2")
+    assert len(trainer.commands) == 3  # the first cell was kept, the second is tried again
+
+
+def test_every_cell_is_checked_before_the_first_is_trained(trainer, config, tmp_path):
+    with pytest.raises(ConfigError, match="must be positive"):
+        run(config, tmp_path, "optimizer.learning_rate=0.3,-1")
+    assert trainer.commands == [] and not (tmp_path / "out").exists()

@@ -205,7 +205,8 @@ class ExperimentConfig:
         self._fill_learning_rates()
         length, chunk = self.data.sequence_length, self.memory.chunk_length
         grid = f"{length} is not a multiple of memory.chunk_length ({chunk})"
-        require(length % chunk == 0, "data.sequence_length", grid)
+        reads = any(stage.memory for stage in self.stages.named().values())
+        require(not reads or length % chunk == 0, "data.sequence_length", grid)
         long = f"{length} is longer than model.max_context ({self.model.max_context})"
         require(length <= self.model.max_context, "data.sequence_length", long)
         stage = self.stages.continual

@@ -267,7 +267,7 @@ def _tfds(spec: str) -> Iterator[Document]:
 
 
 def _tfds_name(spec: str) -> tuple[str, str]:
-    match = re.fullmatch(r"tfds:([^:]+(?::\d+\.\d+\.\d+)?)(?::([^:].*))?", spec)
+    match = re.fullmatch(r"tfds:((?:huggingface:)?[^:]+(?::\d+\.\d+\.\d+)?)(?::([^:].*))?", spec)
     if match is None:
         raise DataError(f"corpus {spec!r} is not understood: write 'tfds:NAME[:SPLIT]'")
     return match[1], match[2] or "train"

@@ -224,6 +224,9 @@ def test_tfds_specs_are_read_as_name_version_and_split():
 
     assert _tfds_name("tfds:wiki") == ("wiki", "train")
     assert _tfds_name("tfds:wiki/en:test[:10%]") == ("wiki/en", "test[:10%]")
+    name = "huggingface:wikitext/wikitext-103-raw-v1"
+    assert _tfds_name(f"tfds:{name}") == (name, "train")
+    assert _tfds_name(f"tfds:{name}:test") == (name, "test")
     assert _tfds_name("tfds:wiki:1.0.0") == ("wiki:1.0.0", "train")
     assert _tfds_name("tfds:wiki/en:1.0.0:test") == ("wiki/en:1.0.0", "test")
 

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep = command(commands, "sweep", _sweep, text)
     for each in (train, sweep):
         each.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
+    for each in (demo, train, sweep):
         change = "change a value of the file, such as seed=1 or stages.continual.steps=100"
         each.add_argument(
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
@@ -159,7 +160,7 @@ def _at_least(least: int, text: str) -> int:
 def _demo(arguments: argparse.Namespace) -> None:
     from jaxlab.workloads.demo import run_demo
 
-    run_demo(Path(arguments.out))
+    run_demo(Path(arguments.out), arguments.set)
 
 
 def _tokenizer_train(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ QUESTIONS = 500
 TEXT_BYTES = 120_000
 
 
-def run_demo(out: Path) -> dict[str, Any]:
-    """Run the demo in ``out``; an interrupted one goes on. Returns what ``report.json`` holds."""
+def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the demo in ``out``; an interrupted one goes on. Returns what ``report.json`` holds.
+
+    ``overrides`` change its configuration, such as ``optimizer.ire.kappa=1``.
+    """
     started = time.perf_counter()
-    config = load_config(CONFIG)
+    config = load_config(CONFIG, overrides)
     _headline("1/5  training in two stages (warmup without memory, continual with it)")
     result = train(config, out)
     if result.interrupted:

@@ -216,14 +216,6 @@ def test_a_language_model_is_measured_as_its_dense_matrices_are(text, dense_text
     assert abs(found.fisher_trace - fisher) < 4 * found.fisher_trace_error < 0.6 * fisher
 
 
-def test_tokens_are_drawn_as_often_as_the_model_says():
-    hidden = jnp.broadcast_to(jnp.asarray([1.0, -0.5]), (40, 100, 2))
-    weights = jnp.asarray([[1.0, 0.0, -1.0], [0.0, 2.0, 1.0]])
-    drawn = np.asarray(sharpness._sampled_targets(hidden, weights, KEY))
-    expected = np.asarray(jax.nn.softmax(hidden[0, 0] @ weights))
-    np.testing.assert_allclose(np.bincount(drawn.ravel()) / drawn.size, expected, atol=0.03)
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -57,13 +57,15 @@ class FileImages:
 
 @dataclass(frozen=True, slots=True)
 class ImageData:
-    """The two splits, the names of the classes in the order of their labels, and the size.
+    """The two splits, and the names of the classes in the order of their labels.
 
-    ``train_transform`` draws a crop on the host where images come in different sizes; None where
-    they all have one size already.
+    ``train_transform`` cuts a part of each training image at random, on the host, where images come
+    in different sizes; None where they have one size already. ``train_in_order`` are the training
+    images cut like those of the test.
     """
 
     train: RandomAccess
+    train_in_order: RandomAccess
     test: RandomAccess
     classes: tuple[str, ...]
     train_transform: Transform | None
@@ -87,10 +89,14 @@ def load_images(
     test = _limited(splits["test"], test_limit)
     if image_size <= _STORED_SIZE:
         whole = _central_crop(image_size, shorter=image_size)
-        return ImageData(_stored(train, whole), _stored(test, whole), classes, None)
+        stored = _stored(train, whole)
+        return ImageData(stored, stored, _stored(test, whole), classes, None)
     crop = _central_crop(image_size, shorter=round(_TEST_RESIZE * image_size))
-    cropped = FileImages(lambda index: _changed(test[index], crop), len(test))
-    return ImageData(train, cropped, classes, random_resized_crop(image_size))
+    cut_train, cut_test = (
+        FileImages(lambda index, source=source: _changed(source[index], crop), len(source))
+        for source in (train, test)
+    )
+    return ImageData(train, cut_train, cut_test, classes, random_resized_crop(image_size))
 
 
 def batches_in_order(source: RandomAccess, batch_size: int) -> Iterator[Sample]:

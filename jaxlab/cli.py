@@ -1,4 +1,4 @@
-"""The command line: parse, resolve, call one function. Errors for the user are one line, exit 1."""
+"""The command line: parse, resolve, call one function. Errors for the user are one line."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.call(arguments) or 0
     except JaxlabError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jaxlab",
-        description="Language models with explicit memory: train, write the bank, read it.",
+        description="Language models with explicit memory, and IRE: train, sweep, write, read.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     source = "installed-docs, a path (folder, .txt, .jsonl[.gz|.xz|.zst]), facts:SEED or tfds:NAME"
@@ -56,12 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     train_tokenizer.add_argument("--out", required=True, metavar="FILE")
 
     train = command(commands, "train", _train, "run a configuration's stages; resumes by itself")
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
-    change = "change a value of the file, such as seed=1 or stages.continual.steps=100"
-    train.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
-    )
     train.add_argument("--out", required=True, metavar="DIR")
+    text = "train every combination of some values, one after the other; resumable"
+    sweep = command(commands, "sweep", _sweep, text)
+    for each in (train, sweep):
+        each.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
+        change = "change a value of the file, such as seed=1 or stages.continual.steps=100"
+        each.add_argument(
+            "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
+        )
+    several = "values of a key, such as optimizer.learning_rate=1e-3,2e-3; several make a grid"
+    sweep.add_argument("--over", action="append", required=True, metavar="KEY=a,b,c", help=several)
+    sweep.add_argument("--json", required=True, metavar="FILE", help="results; a plot goes beside")
+    sweep.add_argument("--out", metavar="DIR", help="the runs (FILE without its ending)")
 
     _memory_commands(commands, command, source)
 
@@ -97,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     facts.add_argument("--seed", required=True, type=_seed, metavar="N", help="of the facts")
     facts.add_argument("--questions", type=_positive, default=500, metavar="N", help="(500)")
     facts.add_argument("--json", required=True, metavar="FILE")
+
+    text = "trace of Fisher matrix and Hessian, top eigenvalues, of the training loss"
+    sharpness = command(evaluate, "sharpness", _eval_sharpness, text)
+    sharpness.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    rows = "training rows or images to look at (64 rows, 512 images)"
+    sharpness.add_argument("--examples", type=_positive, metavar="N", help=rows)
+    sharpness.add_argument("--draws", type=_positive, default=8, metavar="N", help="(8)")
+    sharpness.add_argument("--eigenvalues", type=_positive, default=1, metavar="K", help="(1)")
+    sharpness.add_argument("--iterations", type=_positive, default=20, metavar="N", help="(20)")
+    sharpness.add_argument("--seed", type=_seed, default=0)
+    sharpness.add_argument("--json", required=True, metavar="FILE")
 
     command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
     return parser
@@ -158,9 +176,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxlab.config import load_config
 
     config = load_config(arguments.config, arguments.set)
-    from jaxlab.training.loop import train
+    from jaxlab.workloads import trainer
 
-    result = train(config, arguments.out)
+    result = trainer(config.workload)(config, arguments.out)
     if result.interrupted:
         overrides = ["--set", *arguments.set] if arguments.set else []
         again = ["jaxlab", "train", arguments.config, *overrides, "--out", arguments.out]
@@ -170,6 +188,18 @@ def _train(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     print(f"done: step {result.step}, run {arguments.out}")
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from jaxlab.tools.sweep import run_sweep
+
+    run_sweep(
+        arguments.config,
+        arguments.over,
+        json_file=Path(arguments.json),
+        out=arguments.out and Path(arguments.out),
+        overrides=arguments.set,
+    )
 
 
 def _memory_write(arguments: argparse.Namespace) -> None:
@@ -290,6 +320,22 @@ def _eval_facts(arguments: argparse.Namespace) -> None:
         load_model(arguments.run), seed=arguments.seed, questions=arguments.questions
     )
     result = dataclasses.asdict(recall)
+    write_json(arguments.json, result)
+    print(json.dumps(result))
+
+
+def _eval_sharpness(arguments: argparse.Namespace) -> None:
+    from jaxlab.evaluation.sharpness import evaluate_sharpness
+
+    found = evaluate_sharpness(
+        arguments.run,
+        examples=arguments.examples,
+        draws=arguments.draws,
+        eigenvalues=arguments.eigenvalues,
+        iterations=arguments.iterations,
+        seed=arguments.seed,
+    )
+    result = dataclasses.asdict(found)
     write_json(arguments.json, result)
     print(json.dumps(result))
 

@@ -17,10 +17,25 @@ from typing import Any, Literal
 import yaml
 
 from jaxlab import strict_yaml
+from jaxlab.training_config import (
+    BlockwiseConfig,
+    IREConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainingConfig,
+    fraction,
+    not_negative,
+    positive,
+    require,
+)
+from jaxlab.workloads import WORKLOADS, config_class
 
 __all__ = [
+    "BlockwiseConfig",
     "DataConfig",
     "ExperimentConfig",
+    "IREConfig",
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -37,29 +52,6 @@ __all__ = [
     "save_yaml",
     "to_dict",
 ]
-
-
-def _require(condition: bool, key: str, problem: str) -> None:
-    if not condition:
-        raise strict_yaml.InvalidValue(key, problem)
-
-
-def _positive(config: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _require(value is None or value > 0, key, f"must be positive, got {value}")
-
-
-def _not_negative(config: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _require(value >= 0, key, f"must not be negative, got {value}")
-
-
-def _fraction(config: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        _require(0 <= value <= 1, key, f"must lie between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +75,15 @@ class ModelConfig:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
-        _positive(self, "layers", "heads", "kv_heads", "head_dim", "width", "ffn_width")
-        _positive(self, "rope_theta", "norm_eps", "max_context")
-        _not_negative(self, "vocab_size", "memory_layers")
+        positive(self, "layers", "heads", "kv_heads", "head_dim", "width", "ffn_width")
+        positive(self, "rope_theta", "norm_eps", "max_context")
+        not_negative(self, "vocab_size", "memory_layers")
         shared = f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
-        _require(self.heads % self.kv_heads == 0, "kv_heads", shared)
+        require(self.heads % self.kv_heads == 0, "kv_heads", shared)
         odd = f"must be even, because rotary embedding turns pairs; got {self.head_dim}"
-        _require(self.head_dim % 2 == 0, "head_dim", odd)
+        require(self.head_dim % 2 == 0, "head_dim", odd)
         many = f"{self.memory_layers} memory layers in a model of {self.layers} layers"
-        _require(self.memory_layers <= self.layers, "memory_layers", many)
+        require(self.memory_layers <= self.layers, "memory_layers", many)
 
     @property
     def model_width(self) -> int:
@@ -116,20 +108,20 @@ class MemoryConfig:
     overlap_limit: float = 0.9  # neighbours that overlap the text more than this are dropped
 
     def __post_init__(self):
-        _positive(self, "reference_length", "tokens_kept", "chunk_length", "references_per_chunk")
-        _require(
+        positive(self, "reference_length", "tokens_kept", "chunk_length", "references_per_chunk")
+        require(
             self.tokens_kept <= self.reference_length,
             "tokens_kept",
             f"{self.tokens_kept} tokens kept of a reference of {self.reference_length}",
         )
-        _require(
+        require(
             self.candidates >= self.references_per_chunk,
             "candidates",
             f"{self.candidates} candidates cannot fill {self.references_per_chunk} references",
         )
-        _fraction(self, "overlap_limit")
+        fraction(self, "overlap_limit")
         problem = embedder_problem(self.embedder)
-        _require(problem is None, "embedder", problem or "")
+        require(problem is None, "embedder", problem or "")
 
 
 def embedder_problem(spec: str) -> str | None:
@@ -148,7 +140,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
 
     def __post_init__(self):
-        _positive(self, "vocab_size")
+        positive(self, "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,80 +152,13 @@ class DataConfig:
     sequence_length: int
     validation_fraction: float = 0.05
     limit_bytes: int | None = None
+    seed: int | None = None  # of the split and the tokenizer; None: the experiment's
     facts_fraction: float = 0.0  # share of the continual stage's samples that are generated facts
 
     def __post_init__(self):
-        _positive(self, "sequence_length", "limit_bytes")
-        _fraction(self, "validation_fraction", "facts_fraction")
-        _require(self.validation_fraction < 1, "validation_fraction", "leaves nothing to train on")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The base optimizer; ``b1``, ``b2`` and ``eps`` belong to AdamW, ``momentum`` to the others.
-
-    ``muon`` orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's, and
-    leaves embeddings, output head and norms to AdamW; both follow the stage's learning rate.
-    """
-
-    name: Literal["adamw", "sgd", "muon"] = "adamw"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.9
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0  # global gradient norm; None: no clipping
-
-    def __post_init__(self):
-        _positive(self, "eps", "clip_norm")
-        _not_negative(self, "weight_decay")
-        for key in ("b1", "b2", "momentum"):
-            value = getattr(self, key)
-            _require(0 <= value < 1, key, f"must lie in [0, 1), got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Learning rate over the steps of one stage, as shares of the stage's peak."""
-
-    name: Literal["warmup-stable-decay", "warmup-cosine", "constant"] = "warmup-stable-decay"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.1  # share of the stage spent in the final decay
-    final_fraction: float = 0.0  # learning rate at the end, as a share of the peak
-
-    def __post_init__(self):
-        _not_negative(self, "warmup_steps")
-        _fraction(self, "decay_fraction", "final_fraction")
-        warm = self.name == "constant" and self.warmup_steps > 0
-        _require(not warm, "warmup_steps", "a constant schedule has no warmup")
-
-    def decay_steps(self, steps: int) -> int:
-        """Steps of the final decay of warmup-stable-decay in a stage of ``steps`` steps."""
-        return round(self.decay_fraction * steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage of training; ``memory`` says whether its samples carry references to read."""
-
-    steps: int
-    batch_size: int
-    accumulation: int = 1  # micro-batches per step
-    learning_rate: float
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    memory: bool = False
-
-    def __post_init__(self):
-        _positive(self, "steps", "batch_size", "accumulation", "learning_rate")
-        parts = (
-            f"batch_size {self.batch_size} does not split into {self.accumulation} micro-batches"
-        )
-        _require(self.batch_size % self.accumulation == 0, "accumulation", parts)
-        used = self.schedule.warmup_steps
-        if self.schedule.name == "warmup-stable-decay":
-            used += self.schedule.decay_steps(self.steps)
-        late = f"warmup and decay take {used} steps of a stage of {self.steps}"
-        _require(used <= self.steps, "schedule.warmup_steps", late)
+        positive(self, "sequence_length", "limit_bytes")
+        fraction(self, "validation_fraction", "facts_fraction")
+        require(self.validation_fraction < 1, "validation_fraction", "leaves nothing to train on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,30 +169,14 @@ class StagesConfig:
     continual: StageConfig | None = None
 
     def __post_init__(self):
-        _require(bool(self.warmup or self.continual), "warmup", "no stage given; give one at least")
+        require(bool(self.warmup or self.continual), "warmup", "no stage given; give one at least")
         plain = "the warmup stage is plain pretraining; set it to false"
-        _require(not (self.warmup and self.warmup.memory), "warmup.memory", plain)
+        require(not (self.warmup and self.warmup.memory), "warmup.memory", plain)
 
     def named(self) -> dict[str, StageConfig]:
         """The stages that are present, in the order in which they run."""
         both = {"warmup": self.warmup, "continual": self.continual}
         return {name: stage for name, stage in both.items() if stage is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How often the loop reports, evaluates and saves; 0 means only at the end of a stage."""
-
-    log_every: int = 10
-    evaluate_every: int = 0
-    evaluate_rows: int = 64  # validation sequences per evaluation
-    save_every: int = 0
-    keep: int = 3  # newest checkpoints kept besides the permanent ones
-    peak_flops: float | None = None  # of one device, per second: what MFU is a share of
-
-    def __post_init__(self):
-        _positive(self, "log_every", "evaluate_rows", "keep", "peak_flops")
-        _not_negative(self, "evaluate_every", "save_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +187,7 @@ class ExperimentConfig:
     last checkpoint of that stage.
     """
 
+    workload: Literal["language-model"] = "language-model"
     name: str
     seed: int = 0
     init_from: str | None = None
@@ -290,45 +200,67 @@ class ExperimentConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self):
-        _require(self.name != "", "name", "must not be empty")
-        _not_negative(self, "seed")
+        require(self.name != "", "name", "must not be empty")
+        not_negative(self, "seed")
+        self._fill_learning_rates()
         length, chunk = self.data.sequence_length, self.memory.chunk_length
         grid = f"{length} is not a multiple of memory.chunk_length ({chunk})"
-        _require(length % chunk == 0, "data.sequence_length", grid)
+        require(length % chunk == 0, "data.sequence_length", grid)
         long = f"{length} is longer than model.max_context ({self.model.max_context})"
-        _require(length <= self.model.max_context, "data.sequence_length", long)
+        require(length <= self.model.max_context, "data.sequence_length", long)
         stage = self.stages.continual
         reads = "reading memory needs model.memory_layers > 0"
-        _require(
+        require(
             not (stage and stage.memory and not self.model.memory_layers),
             "stages.continual.memory",
             reads,
         )
         searches = bool(stage and stage.memory) and self.data.facts_fraction < 1
-        _require(
+        require(
             not (searches and self.memory.embedder == "model"),
             "memory.embedder",
             "model embeds with trained weights, and training on text searches before there are any",
         )
         facts = "facts are mixed into the continual stage; this run has none"
-        _require(not self.data.facts_fraction or stage is not None, "data.facts_fraction", facts)
+        require(not self.data.facts_fraction or stage is not None, "data.facts_fraction", facts)
         if self.tokenizer.path is None and self.model.vocab_size:
             small = f"{self.model.vocab_size} is less than tokenizer.vocab_size"
             fits = self.model.vocab_size >= self.tokenizer.vocab_size
-            _require(fits, "model.vocab_size", f"{small} ({self.tokenizer.vocab_size})")
+            require(fits, "model.vocab_size", f"{small} ({self.tokenizer.vocab_size})")
+
+    def _fill_learning_rates(self) -> None:
+        """Give ``optimizer.learning_rate`` to the stages; their own may not differ from it."""
+        rate, filled = self.optimizer.learning_rate, {}
+        for name, stage in self.stages.named().items():
+            key, own = f"stages.{name}.learning_rate", stage.learning_rate
+            require(bool(own or rate), key, "missing; give it here or as optimizer.learning_rate")
+            twice = f"is {own}, and optimizer.learning_rate is {rate}; give one of the two"
+            require(rate is None or own in (None, rate), key, twice)
+            filled[name] = dataclasses.replace(stage, learning_rate=own or rate)
+        object.__setattr__(self, "stages", dataclasses.replace(self.stages, **filled))
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the split into training and held-out documents, and of the tokenizer."""
+        return self.seed if self.data.seed is None else self.data.seed
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
     """Read a YAML file, lay ``a.b=value`` overrides on top and check the result.
 
-    Raises ConfigError naming the file (or the override), the dotted key and what is known instead.
+    Returns the configuration class of the file's ``workload``: ExperimentConfig for a language
+    model. Raises ConfigError naming the file (or the override), the dotted key and what is known
+    instead.
     """
     path = Path(path)
     raw = strict_yaml.read_mapping(path)
     source = strict_yaml.apply_overrides(raw, overrides, str(path))
-    if isinstance(raw.get("model"), dict):
+    workload = raw.get("workload", "language-model")
+    if workload not in WORKLOADS:
+        raise source.error("workload", f"{workload!r} is none of {', '.join(WORKLOADS)}")
+    if workload == "language-model" and isinstance(raw.get("model"), dict):
         raw["model"] = _with_preset(raw["model"], source)
-    return strict_yaml.build(ExperimentConfig, raw, source)
+    return strict_yaml.build(config_class(workload), raw, source)
 
 
 def _with_preset(model: dict[str, Any], source: strict_yaml.Source) -> dict[str, Any]:
@@ -363,13 +295,13 @@ def config_hash(config: Any) -> str:
     return _digest(to_dict(config))
 
 
-def identity(config: ExperimentConfig) -> dict[str, Any]:
+def identity(config: Any) -> dict[str, Any]:
     """What decides a run's numbers: all but its name and how often it reports and saves."""
     values = to_dict(config)
     return {key: values[key] for key in values if key not in ("name", "training")}
 
 
-def identity_hash(config: ExperimentConfig) -> str:
+def identity_hash(config: Any) -> str:
     """SHA-256 of the canonical JSON of ``identity(config)``."""
     return _digest(identity(config))
 

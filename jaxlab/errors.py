@@ -2,7 +2,9 @@
 
 
 class JaxlabError(Exception):
-    """Base of every error that the command line prints as one line and turns into exit code 1."""
+    """Base of every error that the command line prints as one line and turns into an exit code."""
+
+    exit_code = 1
 
 
 class ConfigError(JaxlabError):

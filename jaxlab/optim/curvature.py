@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 LogitsFn = Callable[..., Float[Array, "*batch classes"]]
@@ -55,7 +56,7 @@ def sampled_label_fisher(
 
     def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
         found = sampled_label_gradient(logits_fn, params, key, *inputs, weights=weights)
-        return jax.tree.map(lambda t, g: t + _square(g), total, found), None
+        return jax.tree.map(lambda t, g: t + squared(g), total, found), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
     total, _ = jax.lax.scan(add, zeros, jax.random.split(key, draws))
@@ -118,10 +119,19 @@ def empirical_fisher(
     Named for what it is: not an estimate of the Fisher matrix away from convergence, and not the
     paper's curvature.
     """
-    return jax.tree.map(_square, jax.grad(lambda p: loss_fn(p, *inputs))(params))
+    return jax.tree.map(squared, jax.grad(lambda p: loss_fn(p, *inputs))(params))
 
 
-def _square(gradient: Array) -> Float[Array, "..."]:
+def random_ranks(params: PyTree, key: Array) -> PyTree:
+    """A control, not a curvature: independent uniform numbers, so that a random share is flat.
+
+    What IRE gains over a mask of equal density made from these is what it owes to curvature.
+    """
+    return optax.tree.random_like(key, params, jax.random.uniform, jnp.float32)
+
+
+def squared(gradient: Array) -> Float[Array, "..."]:
+    """|gradient|² in float32, for any type of number."""
     return jnp.square(jnp.abs(gradient).astype(jnp.float32))
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int32, PyTree
 
+from jaxlab.optim.curvature import squared
 from jaxlab.optim.threshold import (
     Count,
     add,
@@ -113,7 +114,8 @@ def scale_flat_directions(
         average = None
         if curvature_decay:
             average = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-        labels = sorted(set(_labels(scope, params)))
+        # The name of the one group is known without parameters: optax.tree.map_params gives none.
+        labels = ["global"] if scope == "global" else sorted(set(_labels(scope, params)))
         return FlatDirectionsState(
             count=jnp.zeros((), jnp.int32),
             # zeros_like keeps the sharding, also of abstract parameters and on explicit meshes.
@@ -202,6 +204,25 @@ def refresh_flat_mask(
     return out
 
 
+def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:
+    """Share of flat coordinates in each group of parameters, wherever in a state the mask is.
+
+    ``labels`` maps a tree like the parameters to one of group names; None: each leaf by its path.
+    An empty dictionary when there is no mask. Pure; may be jitted.
+    """
+    mask = optax.tree.get(opt_state, "flat_mask", None)
+    if mask is None:
+        return {}
+    names = _labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
+    flat: dict[str, list[Array]] = {}
+    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
+        flat.setdefault(name, []).append(leaf)
+    return {
+        name: as_float(count_true(leaves)) / sum(leaf.size for leaf in leaves)
+        for name, leaves in flat.items()
+    }
+
+
 _NO_CURVATURE = (
     "a refresh of the flat directions needs a curvature: pass curvature_fn=f(params, key) or "
     "curvature=TREE to update, make the transformation with curvature=f, or with "
@@ -213,40 +234,19 @@ def _refreshed(
     state: FlatDirectionsState, curvature: PyTree, ranking: _Ranking
 ) -> FlatDirectionsState:
     """The state with the mask of a new curvature; the old mask where there are no finite values."""
-    old, structure = jax.tree.flatten(state.flat_mask)
-    # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
-    values = jax.tree.leaves(
-        jax.tree.map(
-            lambda mine, leaf: mine if isinstance(mine, optax.MaskedNode) else leaf,
-            state.flat_mask,
-            curvature,
-            is_leaf=lambda part: isinstance(part, optax.MaskedNode),
-        )
-    )
-    average = state.curvature_average
-    if ranking.decay:
-        squares = [jnp.square(jnp.abs(v).astype(jnp.float32)) for v in values]
-        mean = [
-            ranking.decay * kept + (1 - ranking.decay) * new
-            for kept, new in zip(jax.tree.leaves(average), squares, strict=True)
-        ]
-        values, average = mean, jax.tree.unflatten(structure, mean)
-    labels = _labels(ranking.scope, state.flat_mask)
-    groups: dict[str, list[int]] = {label: [] for label in sorted(set(labels))}
-    for index, takes_part in enumerate(_taking_part(ranking.param_mask, state.flat_mask)):
-        if takes_part and jnp.issubdtype(values[index].dtype, jnp.inexact):
-            groups[labels[index]].append(index)
-    bits = {i: magnitude_bits(values[i]) for part in groups.values() for i in part}
+    values, average = _ranked_values(state, curvature, ranking.decay)
+    groups = _groups(values, ranking, state.flat_mask)
+    bits = {i: magnitude_bits(values[i]) for members in groups.values() for i in members}
     if not bits:
         raise ValueError("no parameter takes part: param_mask leaves nothing to rank")
+    old, structure = jax.tree.flatten(state.flat_mask)
     new, thresholds = [jnp.zeros_like(mask) for mask in old], dict(state.flat_threshold)
     gamma = _at(ranking.gamma, state.count)
     for label, members in groups.items():
-        if members:
-            tau = _threshold([bits[i] for i in members], gamma, rank_zeros=ranking.rank_zeros)
-            thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
-            for i in members:
-                new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
+        tau = _threshold([bits[i] for i in members], gamma, rank_zeros=ranking.rank_zeros)
+        thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
+        for i in members:
+            new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
     total = sum(values[i].size for i in bits)
     return state._replace(
         flat_mask=jax.tree.unflatten(structure, new),
@@ -255,6 +255,35 @@ def _refreshed(
         zero_fraction=as_float(count_true([part == 0 for part in bits.values()])) / total,
         flat_threshold=thresholds,
     )
+
+
+def _ranked_values(
+    state: FlatDirectionsState, curvature: PyTree, decay: float
+) -> tuple[list[Array], PyTree]:
+    """What ranks the coordinates, a leaf each, and the new average of squares, if there is one."""
+    # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
+    mine = jax.tree.map(
+        lambda mask, leaf: mask if isinstance(mask, optax.MaskedNode) else leaf,
+        state.flat_mask,
+        curvature,
+        is_leaf=lambda part: isinstance(part, optax.MaskedNode),
+    )
+    if not decay:
+        return jax.tree.leaves(mine), state.curvature_average
+    average = jax.tree.map(
+        lambda kept, new: decay * kept + (1 - decay) * squared(new), state.curvature_average, mine
+    )
+    return jax.tree.leaves(average), average
+
+
+def _groups(values: list[Array], ranking: _Ranking, tree: PyTree) -> dict[str, list[int]]:
+    """Numbers of the leaves that share a threshold, by label; only of leaves that take part."""
+    groups: dict[str, list[int]] = {}
+    takes_part = _taking_part(ranking.param_mask, tree)
+    for index, label in enumerate(_labels(ranking.scope, tree)):
+        if takes_part[index] and jnp.issubdtype(values[index].dtype, jnp.inexact):
+            groups.setdefault(label, []).append(index)
+    return groups
 
 
 def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:

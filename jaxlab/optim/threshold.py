@@ -68,7 +68,8 @@ def kth_smallest_bits(bits: Sequence[UInt32[Array, "..."]], rank: Count) -> UInt
     def next_digit(number: Array, prefix: UInt32[Array, ""]) -> UInt32[Array, ""]:
         shift = (jnp.uint32(32 // _DIGIT_BITS - 1) - number.astype(jnp.uint32)) * _DIGIT_BITS
         bounds = prefix + (jnp.arange(1, _DIGITS, dtype=jnp.uint32) << shift)
-        counts = [_total([_count(part < bound) for part in bits]) for bound in bounds]
+        parts = [_counts_below(part, bounds) for part in bits]
+        counts = [_total(of_one_bound) for of_one_bound in zip(*parts, strict=True)]
         # The digit is the number of bounds with too few elements below.
         digit = sum(_less(count, rank).astype(jnp.uint32) for count in counts)
         return prefix + (digit << shift)
@@ -81,16 +82,35 @@ def finite_bits(bits: UInt32[Array, ""]) -> Bool[Array, ""]:
     return bits < _INFINITY
 
 
+def _counts_below(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
+    """For each bound, how many elements of one array are smaller."""
+    if jax.device_count() > 1 or part.size >= 1 << 32:
+        # The compiler joins such reductions into one pass on TPU and GPU. A reduction of several
+        # operands, as below, is partitioned with gathers.
+        return [_count(part < bound) for bound in bounds]
+    # On a CPU one reduction of all is fifty times as fast as one for each bound.
+    below = tuple((part < bound).astype(jnp.uint32) for bound in bounds)
+    zeros = tuple(jnp.uint32(0) for _ in below)
+    axes = tuple(range(part.ndim))
+    totals = jax.lax.reduce(
+        below, zeros, lambda left, right: tuple(map(jnp.add, left, right)), axes
+    )
+    return [_limbs(total) for total in totals]
+
+
 def _count(part: Bool[Array, "..."]) -> Count:
     """True elements of one array; the rows are counted first so that no sum can overflow."""
     if part.size < 1 << 32:
-        total = jnp.sum(part, dtype=jnp.uint32)
-        return total >> _LIMB_BITS, total & ((1 << _LIMB_BITS) - 1)
+        return _limbs(jnp.sum(part, dtype=jnp.uint32))
     rows = jnp.sum(part, axis=tuple(range(1, part.ndim)), dtype=jnp.uint32)
     if math.prod(part.shape[1:]) >= 1 << 32 or part.shape[0] > 1 << _LIMB_BITS:
         raise ValueError(f"an array of shape {part.shape} is too large to be counted by rows")
     high, low = rows >> _LIMB_BITS, rows & ((1 << _LIMB_BITS) - 1)
     return _carried(jnp.sum(high, dtype=jnp.uint32), jnp.sum(low, dtype=jnp.uint32))
+
+
+def _limbs(total: UInt32[Array, ""]) -> Count:
+    return total >> _LIMB_BITS, total & ((1 << _LIMB_BITS) - 1)
 
 
 def _total(counts: Sequence[Count]) -> Count:

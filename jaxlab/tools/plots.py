@@ -1,7 +1,8 @@
 """The plots of an evaluation, as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,3 +56,40 @@ def plot_gain(
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     return path
+
+
+def plot_sweep(result: Mapping[str, Any], path: Path, *, metric: str) -> Path:
+    """A sweep's metric over its first key, a line for each combination of the others."""
+    figure, axes = _figure()
+    lines: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for group in result["groups"]:
+        (first, *rest) = list(group["set"].items()) or [("", "all")]
+        label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest)
+        lines.setdefault(label, []).append((first[1], group))
+        axes.set_xlabel(first[0])
+    xs = _positions([value for line in lines.values() for value, _ in line])
+    for label, line in lines.items():
+        kept = [(xs[value], group) for value, group in line if group["mean"] is not None]
+        axes.errorbar(
+            [x for x, _ in kept],
+            [group["mean"] for _, group in kept],
+            yerr=[group["std"] or 0.0 for _, group in kept],
+            marker="o",
+            capsize=3,
+            label=label or None,
+        )
+    if xs and min(xs.values()) > 0 and max(xs.values()) >= 4 * min(xs.values()):
+        axes.set_xscale("log")
+    axes.set_ylabel(metric.replace("_", " "))
+    if any(lines):
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _positions(values: Sequence[str]) -> dict[str, float]:
+    """Where values stand on an axis: at themselves if all are numbers, else in order."""
+    try:
+        return {value: float(value) for value in values}
+    except ValueError:
+        return {value: float(number) for number, value in enumerate(dict.fromkeys(values))}

@@ -58,7 +58,7 @@ def prepare_corpus(config: ExperimentConfig, run: Path, *, report: Callable[[str
     documents = load_documents(config.data.source, limit_bytes=config.data.limit_bytes)
     _remember(folder / "corpus.json", config, documents)
     training, validation = split_documents(
-        documents, validation_fraction=config.data.validation_fraction, seed=config.seed
+        documents, validation_fraction=config.data.validation_fraction, seed=config.data_seed
     )
     tokenizer = _tokenizer(config, folder, training, report=report)
     length = config.data.sequence_length
@@ -199,7 +199,7 @@ def _tokenizer(config, folder: Path, training: list[Document], *, report) -> Tok
             facts = draw_facts(*_TOKENIZER_FACTS)
             texts += [f"{f.statement}\n{prompt(f.question)} {f.answer}\n" for f in facts]
         tokenizer = train_tokenizer(
-            texts, vocab_size=config.tokenizer.vocab_size, path=target, seed=config.seed
+            texts, vocab_size=config.tokenizer.vocab_size, path=target, seed=config.data_seed
         )
     size = config.model.vocab_size
     if size and tokenizer.vocab_size > size:

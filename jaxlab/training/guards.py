@@ -12,6 +12,8 @@ from jaxlab.errors import JaxlabError
 class NotFiniteError(JaxlabError):
     """A loss or a gradient norm is NaN or infinite: the run has diverged."""
 
+    exit_code = 3
+
 
 class InterruptGuard:
     """Turns SIGINT and SIGTERM into a flag, so that the loop stops between steps and saves.

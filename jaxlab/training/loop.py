@@ -16,7 +16,9 @@ from jaxlab.config import ExperimentConfig, StageConfig, identity, identity_hash
 from jaxlab.data.pipeline import TextSamples, training_iterator
 from jaxlab.errors import CheckpointError, JaxlabError
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
+from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import make_optimizer
+from jaxlab.optim.ire import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
@@ -26,6 +28,7 @@ from jaxlab.training.corpus import (
     prepare_neighbourhood,
     stage_sources,
 )
+from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.guards import InterruptGuard, check_finite
 from jaxlab.training.metrics import (
     Goodput,
@@ -133,9 +136,7 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     for number, name in enumerate(names):
         stage, total = stages[name], offset + stages[name].steps
         if number > names.index(position["stage"]):
-            state = start_state(
-                state.params, make_optimizer(run.config.optimizer, stage), seed=run.config.seed
-            )
+            state = start_state(state.params, _optimizer(run.config, stage), seed=run.config.seed)
             position = {"stage": name, "step": offset, "data": None}
         if name == position["stage"] and position["step"] < total:
             state, interrupted = run_stage(run, name, stage, state, position, offset=offset)
@@ -159,15 +160,19 @@ def _start(
         params = weights["params"]
     else:
         params = initial_parameters(config.model, config.seed)
-    state = start_state(params, make_optimizer(config.optimizer, stage), seed=config.seed)
+    state = start_state(params, _optimizer(config, stage), seed=config.seed)
     return state, {"stage": first, "step": 0, "data": None}
 
 
 def _template(config: ExperimentConfig, stage: StageConfig) -> TrainState:
     """Shapes of the state; the same in every stage, which all use one optimizer."""
     _, params = abstract_decoder(config.model)
-    optimizer = make_optimizer(config.optimizer, stage)
+    optimizer = _optimizer(config, stage)
     return jax.eval_shape(lambda p: start_state(p, optimizer, seed=config.seed), params)
+
+
+def _optimizer(config: ExperimentConfig, stage: StageConfig):
+    return make_optimizer(config.optimizer, stage, seed=config.seed)
 
 
 def sequence_format(config: ExperimentConfig, corpus_tokenizer, *, memory: bool) -> SequenceFormat:
@@ -198,9 +203,12 @@ def run_stage(
     """
     config, training, goodput = run.config, run.config.training, run.goodput
     form = sequence_format(config, run.corpus.tokenizer, memory=stage.memory)
-    optimizer = make_optimizer(config.optimizer, stage)
+    parts = {"graphdef": run.graphdef, "form": form, "accumulation": stage.accumulation}
+    ire = config.optimizer.ire
     step_function = compile_train_step(
-        graphdef=run.graphdef, form=form, optimizer=optimizer, accumulation=stage.accumulation
+        optimizer=_optimizer(config, stage),
+        curvature=ire and batch_curvature(ire, **parts),
+        **parts,
     )
     batches = _batches(run, name, stage)
     if position["data"] is not None:
@@ -225,7 +233,7 @@ def run_stage(
             if evaluates:
                 with goodput.measure("evaluate"):
                     run.validation_loss = evaluate(state.params)
-                record.evaluation(offset + done, run.validation_loss)
+                record.evaluation(offset + done, run.validation_loss, state.opt_state)
             if saves:
                 with goodput.measure("save"):
                     place = {"stage": name, "step": offset + done, "data": batches.get_state()}
@@ -339,11 +347,19 @@ class _Recorder:
         run.metrics.write(self._offset + done, {**numbers, **extra}, stage=self._name)
         bar.update(done, loss=numbers["loss"])
 
-    def evaluation(self, step: int, loss: float | None) -> None:
-        """Write a validation loss."""
+    def evaluation(self, step: int, loss: float | None, opt_state: Any) -> None:
+        """Write a validation loss, and with IRE the flat share of each kind of block."""
         if loss is not None:
-            self._run.metrics.write(step, {"validation_loss": loss}, stage=self._name)
+            shares = jax.device_get(_flat_fractions(opt_state))
+            numbers = {f"flat_fraction/{name}": value for name, value in shares.items()}
+            numbers = {"validation_loss": loss, **numbers}
+            self._run.metrics.write(step, numbers, stage=self._name)
             self._run.report(f"{self._name} step {step}: validation loss {loss:.4f} nats a token")
+
+
+@jax.jit
+def _flat_fractions(opt_state: Any) -> dict[str, jax.Array]:
+    return flat_fractions(opt_state, block_labels)
 
 
 def load_run(run: str | Path) -> ExperimentConfig:
@@ -353,4 +369,7 @@ def load_run(run: str | Path) -> ExperimentConfig:
     path = Path(run) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
-    return load_config(path)
+    config = load_config(path)
+    if not isinstance(config, ExperimentConfig):
+        raise CheckpointError(f"{run}: is a run of {config.workload}, not of a language model")
+    return config

@@ -5,6 +5,8 @@ by far. The loss walks over blocks of positions and takes the gradient of each b
 logits are at hand, so the backward pass neither stores nor recomputes them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -29,7 +31,7 @@ def _blocks(x: Array, block: int) -> Array:
 def _log_probabilities(hidden, weights, targets):
     logits = jnp.matmul(hidden, weights, preferred_element_type=jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    target = _at(logits, targets)
     return logits, normaliser, target - normaliser
 
 
@@ -46,6 +48,55 @@ def token_log_probabilities(
 
     out = jax.lax.map(one, (_blocks(hidden, block), _blocks(targets, block)))
     return out.swapaxes(0, 1).reshape(batch, length)
+
+
+def sampled_targets(
+    hidden: Float[Array, "B T D"], weights: Float[Array, "D V"], key: Array
+) -> Int[Array, "B T"]:
+    """A token for each position, drawn from the model's own distribution; no gradient flows."""
+    batch, length = hidden.shape[:2]
+    hidden, weights = jax.lax.stop_gradient((hidden, weights.astype(hidden.dtype)))
+    blocks = _blocks(hidden, _block_length(batch, length, weights.shape[1]))
+
+    def one(args):
+        rows, key = args
+        logits = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
+        return _drawn(logits, key)
+
+    out = jax.lax.map(one, (blocks, jax.random.split(key, len(blocks))))
+    return out.swapaxes(0, 1).reshape(batch, length)
+
+
+def _drawn(logits: Float[Array, "*rows V"], key: Array) -> Int[Array, "*rows"]:
+    """An index of the last axis, drawn with probability softmax(logits).
+
+    Inverts the cumulative sum, first over groups and then within one: a random number a row, where
+    ``jax.random.categorical`` takes one for each logit and longer than the logits themselves.
+    """
+    vocab, rows = logits.shape[-1], logits.shape[:-1]
+    width = math.isqrt(vocab - 1) + 1
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    mass = jnp.pad(mass, [(0, 0)] * len(rows) + [(0, -vocab % width)])
+    groups = mass.reshape(*rows, -1, width)
+    upto = jnp.cumsum(jnp.sum(groups, axis=-1), axis=-1)
+    aim = jax.random.uniform(key, rows) * upto[..., -1]
+    group = _first_above(upto, aim)
+    before = jnp.where(group > 0, _at(upto, jnp.maximum(group - 1, 0)), 0.0)
+    chosen = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+    inside = _first_above(jnp.cumsum(chosen, axis=-1), aim - before)
+    return jnp.minimum(group * width + inside, vocab - 1)
+
+
+def _first_above(
+    rising: Float[Array, "*rows N"], aim: Float[Array, "*rows"]
+) -> Int[Array, "*rows"]:
+    """Index of the first element above ``aim``; the last where rounding leaves none."""
+    below = jnp.sum(rising <= aim[..., None], axis=-1)
+    return jnp.minimum(below, rising.shape[-1] - 1)
+
+
+def _at(values: Float[Array, "*rows N"], index: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
 @jax.custom_vjp

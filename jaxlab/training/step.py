@@ -19,6 +19,7 @@ from kernels_pallas.memory_attention import ChunkGrid
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+BatchCurvature = Callable[[PyTree, Array, Batch], PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +76,28 @@ def _loss_sum(params, graphdef, form: SequenceFormat, batch: Batch) -> Float[Arr
 def _gradients(
     params: PyTree, graphdef: Any, form: SequenceFormat, batch: Batch, accumulation: int
 ) -> tuple[Float[Array, ""], PyTree]:
-    """Sum of the loss and of its gradients over micro-batches."""
-    gradient_of = jax.value_and_grad(_loss_sum)
-    if accumulation == 1:
-        return gradient_of(params, graphdef, form, batch)
-    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    """Mean of the loss over the tokens that count, and its gradients, by micro-batches."""
+
+    def gradient_of(part: Batch):
+        return jax.value_and_grad(_loss_sum)(params, graphdef, form, part)
+
+    total, gradients = sum_over_parts(gradient_of, batch, accumulation)
+    weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+    return total / weight, jax.tree.map(lambda g: g / weight, gradients)
+
+
+def sum_over_parts(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:
+    """Sum of ``function`` over equal parts of a batch, one part at a time."""
+    if parts == 1:
+        return function(batch)
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], split)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient_of(params, graphdef, form, part)), None
+        return jax.tree.map(jnp.add, total, function(part)), None
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zero, parts)[0]
+    return jax.lax.scan(add, zero, split)[0]
 
 
 def train_step(
@@ -94,17 +106,33 @@ def train_step(
     *,
     graphdef: Any,
     form: SequenceFormat,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     accumulation: int = 1,
+    curvature: BatchCurvature | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on one batch; the loss is the mean over the tokens that count."""
-    total, gradients = _gradients(state.params, graphdef, form, batch, accumulation)
-    weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
-    gradients = jax.tree.map(lambda g: g / weight, gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    metrics = {"loss": total / weight, "grad_norm": optax.tree.norm(gradients)}
+    """One optimizer step on one batch; the loss is the mean over the tokens that count.
+
+    The optimizer may ask for the gradient elsewhere (SAM) and for a curvature (IRE).
+    """
+
+    def gradients_at(params: PyTree) -> tuple[Float[Array, ""], PyTree]:
+        return _gradients(params, graphdef, form, batch, accumulation)
+
+    extra = {"grad_fn": lambda params: gradients_at(params)[1]}
+    if curvature is not None:
+        extra["curvature_fn"] = lambda params, key: curvature(params, key, batch)
+    loss, gradients = gradients_at(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **extra)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **flat_shares(opt_state)}
     params = optax.apply_updates(state.params, updates)
     return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def flat_shares(opt_state: PyTree) -> Metrics:
+    """What IRE found at its last refresh: the share of flat coordinates and of exact zeros."""
+    names = ("flat_fraction", "zero_fraction")
+    found = {name: optax.tree.get(opt_state, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

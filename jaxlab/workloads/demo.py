@@ -51,7 +51,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     _headline("3/5  writing the bank of the training documents")
     documents = load_documents(config.data.source, limit_bytes=config.data.limit_bytes)
     training, held_out = split_documents(
-        documents, validation_fraction=config.data.validation_fraction, seed=config.seed
+        documents, validation_fraction=config.data.validation_fraction, seed=config.data_seed
     )
     written = write_bank(model, training, str(out / "bank"))
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxlab.config import OptimizerConfig, ScheduleConfig, StageConfig
 from jaxlab.models.decoder import abstract_decoder
 from jaxlab.optim import decay_mask, make_optimizer
-from jaxlab.optim.factory import matrix_axes
+from jaxlab.optim.blocks import matrix_axes
 from tests.models.tiny import tiny_config
 
 STAGE = StageConfig(

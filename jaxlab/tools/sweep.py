@@ -1,0 +1,193 @@
+"""Train every combination of some values, one process after the other, and compare the ends."""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxlab.config import identity_hash, load_config
+from jaxlab.errors import ConfigError, JaxlabError
+from jaxlab.tools.output import write_json
+from jaxlab.training.guards import NotFiniteError
+from jaxlab.training.metrics import read_metrics
+
+SEED = "seed"
+_METRIC = "validation_loss"
+# Steps at the end whose mean is the training loss of a run.
+_LAST_STEPS = 20
+
+
+class SweepError(JaxlabError):
+    """A run of a sweep failed for another reason than divergence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of values: a run directory of its own."""
+
+    values: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        text = ",".join(f"{key}={value}" for key, value in self.values.items())
+        return "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in text)
+
+    @property
+    def overrides(self) -> list[str]:
+        """As ``--set`` takes them."""
+        return [f"{key}={value}" for key, value in self.values.items()]
+
+
+def cells_of(over: Sequence[str]) -> list[Cell]:
+    """All combinations of ``KEY=a,b,c`` texts, the last key turning fastest. Raises ConfigError."""
+    axes: dict[str, list[str]] = {}
+    for text in over:
+        key, equals, values = text.partition("=")
+        parts = [value.strip() for value in values.split(",")]
+        if not (key.strip() and equals and all(parts)):
+            raise ConfigError(f"--over {text}: expected KEY=a,b,c, such as --over seed=0,1,2")
+        if key.strip() in axes:
+            raise ConfigError(f"--over {text}: {key.strip()} is swept twice")
+        axes[key.strip()] = list(dict.fromkeys(parts))
+    return [
+        Cell(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
+    ]
+
+
+def run_sweep(
+    config: str,
+    over: Sequence[str],
+    *,
+    json_file: Path,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train all cells, write ``json_file`` after each, a plot beside it, and print a table.
+
+    Runs lie in ``out`` (default: ``json_file`` without its ending). What is done is not done again,
+    and a run that was interrupted goes on. Raises ConfigError for any cell before the first one is
+    trained, SweepError when one fails; a run that diverges is a result.
+    """
+    out = out or json_file.with_suffix("")
+    if out == json_file:
+        raise ConfigError(f"--json {json_file}: give the file an ending, such as {json_file}.json")
+    cells = cells_of(over)
+    # Every mistake is found now and not hours later.
+    hashes = [identity_hash(load_config(config, [*overrides, *c.overrides])) for c in cells]
+    rows = []
+    for number, (cell, expected) in enumerate(zip(cells, hashes, strict=True), start=1):
+        row = run_cell(config, cell, out=out, overrides=overrides, identity=expected)
+        rows.append(row)
+        result = _result(config, over, overrides, rows)
+        write_json(json_file, result)
+        ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
+        report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
+    _print_table(result)
+    from jaxlab.tools.plots import plot_sweep
+
+    plot = plot_sweep(result, json_file.with_suffix(".png"), metric=_METRIC)
+    report(f"{json_file}  {plot}")
+    return result
+
+
+def run_cell(
+    config: str, cell: Cell, *, out: Path, overrides: Sequence[str], identity: str
+) -> dict[str, Any]:
+    """The result of one cell, trained now unless ``out`` has it already. Raises SweepError."""
+    run, log = out / cell.name, out / f"{cell.name}.log"
+    done = out / f"{cell.name}.json"
+    if done.is_file():
+        known = json.loads(done.read_text(encoding="utf-8"))
+        if known["identity"] != identity:
+            raise SweepError(
+                f"{done}: was trained with another configuration; use another --out or remove it"
+            )
+        return known["row"]
+    out.mkdir(parents=True, exist_ok=True)
+    settings = [*overrides, *cell.overrides]
+    command = [sys.executable, "-m", "jaxlab.cli", "train", config, "--out", str(run)]
+    command += ["--set", *settings] if settings else []
+    started = time.perf_counter()
+    with open(log, "a", encoding="utf-8") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    row: dict[str, Any] = {"set": cell.values, "status": "done"}
+    if code == NotFiniteError.exit_code:
+        row["status"] = "diverged"
+    elif code != 0:
+        lines = log.read_text(encoding="utf-8").splitlines() or ["no output"]
+        raise SweepError(f"{' '.join(cell.overrides)}: ended with {code}: {lines[-1]} (see {log})")
+    else:
+        row |= last_numbers(run)
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(done, {"identity": identity, "row": row})
+    return row
+
+
+def last_numbers(run: Path) -> dict[str, float]:
+    """The last evaluation of a run, and its training loss as the mean of the last steps."""
+    lines = read_metrics(run)
+    evaluations = [line for line in lines if line.get(_METRIC) is not None]
+    if not evaluations:
+        raise SweepError(f"{run}: has no {_METRIC} to compare; this workload cannot be swept")
+    last = evaluations[-1]
+    numbers = {k: v for k, v in last.items() if isinstance(v, float) and "/" not in k}
+    losses = [line["loss"] for line in lines if "loss" in line][-_LAST_STEPS:]
+    return {**numbers, "training_loss": statistics.fmean(losses)} if losses else numbers
+
+
+def _result(config: str, over, overrides, rows: list[dict]) -> dict[str, Any]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple((k, v) for k, v in row["set"].items() if k != SEED)
+        groups.setdefault(key, []).append(row)
+    summary = [_summary(dict(key), members) for key, members in groups.items()]
+    whole = [group for group in summary if group["diverged"] == 0]
+    best = min(whole, key=lambda group: group["mean"], default=None)
+    return {
+        "config": config,
+        "over": list(over),
+        "set": list(overrides),
+        "rows": rows,
+        "groups": summary,
+        "best": best and best["set"],
+    }
+
+
+def _summary(values: dict[str, str], members: list[dict]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of the runs that did not diverge."""
+    ends = [row[_METRIC] for row in members if row["status"] == "done"]
+    return {
+        "set": values,
+        "mean": statistics.fmean(ends) if ends else None,
+        "std": statistics.stdev(ends) if len(ends) > 1 else None,
+        "runs": len(members),
+        "diverged": len(members) - len(ends),
+    }
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    table = Table()
+    for name in (*result["groups"][0]["set"], _METRIC, "runs", "diverged"):
+        table.add_column(name)
+    for group in result["groups"]:
+        mean, std = group["mean"], group["std"]
+        text = "-" if mean is None else f"{mean:.4f}"
+        text += "" if std is None else f" ± {std:.4f}"
+        mark = " *" if group["set"] == result["best"] else ""
+        table.add_row(
+            *group["set"].values(), text + mark, str(group["runs"]), str(group["diverged"])
+        )
+    Console().print(table)

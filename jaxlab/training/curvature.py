@@ -1,0 +1,79 @@
+"""Curvature of the language model's loss on a batch, for the refreshes of IRE."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from jaxlab.config import IREConfig
+from jaxlab.optim.curvature import random_ranks
+from jaxlab.training.losses import cross_entropy_sum, sampled_targets
+from jaxlab.training.step import Batch, BatchCurvature, SequenceFormat, sum_over_parts
+
+
+def batch_curvature(
+    config: IREConfig, *, graphdef: Any, form: SequenceFormat, accumulation: int = 1
+) -> BatchCurvature:
+    """What ranks the coordinates at a refresh: a function of parameters, key and batch.
+
+    ``sampled-labels`` (IRE, equation 6): the gradient of the mean cross-entropy at tokens drawn
+    from the model; with several draws the root of the mean square. A refresh looks at the first
+    ``batch_share`` of the step's rows, which come in random order, in micro-batches of the step's
+    size, so that it needs no more memory than the step.
+    """
+    if config.curvature == "random":
+        return lambda params, key, batch: random_ranks(params, key)
+
+    def gradient(params: PyTree, key: Array, batch: Batch) -> PyTree:
+        rows, parts = share_of_rows(len(batch["tokens"]), accumulation, config.batch_share)
+        batch = {name: value[:rows] for name, value in batch.items()}
+        keys = jax.random.split(key, parts) if parts > 1 else key
+
+        def of_part(part: tuple[Array, Batch]) -> PyTree:
+            key, batch = part
+            loss = _sampled_loss if config.curvature == "sampled-labels" else _given_loss
+            return jax.grad(loss)(params, jnp.reshape(key, ()), graphdef, form, batch)
+
+        total = sum_over_parts(of_part, (keys, batch), parts)
+        weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+        return jax.tree.map(lambda g: g / weight, total)
+
+    def curvature(params: PyTree, key: Array, batch: Batch) -> PyTree:
+        if config.draws == 1:
+            return gradient(params, key, batch)
+
+        def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
+            found = gradient(params, key, batch)
+            return jax.tree.map(lambda t, g: t + jnp.square(g), total, found), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zeros, jax.random.split(key, config.draws))
+        return jax.tree.map(lambda t: jnp.sqrt(t / config.draws), total)
+
+    return curvature
+
+
+def share_of_rows(rows: int, accumulation: int, share: float) -> tuple[int, int]:
+    """How many of a step's rows a refresh takes, and in how many micro-batches."""
+    part = rows // accumulation
+    wanted = max(1, round(share * rows))
+    if wanted <= part:
+        return wanted, 1
+    parts = -(-wanted // part)
+    return parts * part, parts
+
+
+def _sampled_loss(params, key, graphdef, form: SequenceFormat, batch: Batch):
+    decoder = nnx.merge(graphdef, params)
+    hidden, weights = form.hidden(decoder, batch), decoder.unembedding()
+    drawn = sampled_targets(hidden, weights, key)
+    return cross_entropy_sum(hidden, weights, drawn, batch["loss_mask"])
+
+
+def _given_loss(params, key, graphdef, form: SequenceFormat, batch: Batch):
+    del key  # the labels are those of the data
+    decoder = nnx.merge(graphdef, params)
+    hidden = form.hidden(decoder, batch)
+    return cross_entropy_sum(hidden, decoder.unembedding(), batch["tokens"], batch["loss_mask"])

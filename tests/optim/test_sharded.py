@@ -1,0 +1,40 @@
+"""Laws of sharded parameters, found out once on eight devices in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def against() -> dict[str, str]:
+    """What speaks against each statement."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.optim.on_eight_devices"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize("settings", ["global", "tensor", "rank_zeros"])
+def test_mask_and_threshold_of_sharded_parameters_are_those_of_replicated_ones(against, settings):
+    assert against[settings] == ""
+
+
+def test_a_refresh_gathers_nothing(against):
+    assert against["no_gather"] == ""
+
+
+def test_the_mask_lies_like_the_parameters(against):
+    assert against["lies_alike"] == ""
+
+
+@pytest.mark.parametrize("which", ["ire", "average", "sam", "average_sam"])
+def test_on_a_mesh_with_explicit_axes_an_update_keeps_every_type(against, which):
+    assert against[f"explicit_{which}"] == ""

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from jaxlab.config import save_yaml
+from jaxlab.config import identity, identity_hash, load_config, save_yaml
 from jaxlab.data.images import ImageData, batches_in_order, load_images
 from jaxlab.data.pipeline import RandomAccess, Sample, training_iterator
 from jaxlab.errors import CheckpointError, ConfigError
+from jaxlab.evaluation.sharpness import Problem, classification_problem
 from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
@@ -24,7 +25,7 @@ from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.guards import InterruptGuard, check_finite
 from jaxlab.training.loop import CONFIG_FILE, TrainResult
 from jaxlab.training.metrics import Goodput, MetricsWriter, ProgressBar
-from jaxlab.workloads.vision_config import VisionConfig, load_vision_config
+from jaxlab.workloads.vision_config import VisionConfig
 from jaxlab.workloads.vision_step import (
     VisionState,
     compile_logits,
@@ -84,8 +85,8 @@ def train_vision(
         checkpoints = Checkpoints(
             run,
             keep=config.training.keep,
-            config_hash=config.identity_hash(),
-            config=config.identity(),
+            config_hash=identity_hash(config),
+            config=identity(config),
             warn=report,
         )
         save_yaml(config, run / CONFIG_FILE)
@@ -296,7 +297,9 @@ def load_vision(run: str | Path, *, warn: Callable[[str], None] = print) -> Load
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
-    config = load_vision_config(path)
+    config = load_config(path)
+    if not isinstance(config, VisionConfig):
+        raise CheckpointError(f"{run}: is a run of {config.workload}, not of vision")
     data = read_images(config)
     model = vision_model(config, len(data.classes))
     _, params, statistics = model.abstract()
@@ -315,4 +318,29 @@ def evaluate_vision(
         functools.partial(loaded.logits_fn, loaded.params),
         sources[split],
         loaded.config.stage.batch_size,
+    )
+
+
+def vision_problem(
+    run: str | Path, *, examples: int, batch_size: int = 128, warn: Callable[[str], None] = print
+) -> Problem:
+    """The plain cross-entropy of a run on ``examples`` training images, spread over all of them.
+
+    In float32 and with the trained batch statistics, so that the loss is a sum over images; what
+    does not fill a batch is left out.
+    """
+    loaded = load_vision(run, warn=warn)
+    exact = dataclasses.replace(loaded.model, compute_dtype="float32")
+    logits = compile_logits(loaded.config, exact)
+    source = loaded.data.train_in_order
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int))
+    size = min(batch_size, len(chosen))
+    samples = [source[int(index)] for index in chosen[: len(chosen) // size * size]]
+    parts = [samples[i : i + size] for i in range(0, len(samples), size)]
+    batches = [
+        tuple(jnp.stack([sample[key] for sample in part]) for key in ("images", "labels"))
+        for part in parts
+    ]
+    return classification_problem(
+        loaded.params, lambda params, images: logits(params, loaded.statistics, images), batches
     )

@@ -5,15 +5,18 @@ is touched.
 """
 
 import dataclasses
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from jaxlab import strict_yaml
-from jaxlab.config import OptimizerConfig, StageConfig, TrainingConfig, config_hash, to_dict
-from jaxlab.training_config import fraction, not_negative, positive, require
+from jaxlab.training_config import (
+    OptimizerConfig,
+    StageConfig,
+    TrainingConfig,
+    fraction,
+    not_negative,
+    positive,
+    require,
+)
 
 PRESET_NAMES = (
     *("resnet8", "resnet14", "resnet20", "resnet56", "wrn-16-8", "wrn-28-10"),
@@ -80,9 +83,11 @@ class VisionConfig:
         not_negative(self, "seed")
         positive(self, "mixup", "start_loss")
         fraction(self, "label_smoothing")
-        ire, decoders = self.optimizer.ire, "works on the decoder's matrices; choose sgd or adamw"
-        require(self.optimizer.name != "muon", "optimizer.name", f"muon {decoders}")
-        require(self.optimizer.blockwise is None, "optimizer.blockwise", decoders)
+        ire, decoders = self.optimizer.ire, "is for the decoder's matrices; choose sgd or adamw"
+        name = self.optimizer.name
+        require(name in ("adamw", "sgd"), "optimizer.name", f"{name} {decoders}")
+        blocks = "names the decoder's kinds of blocks; leave it out"
+        require(self.optimizer.blockwise is None, "optimizer.blockwise", blocks)
         whole = "batch norm needs the batch in one piece; set it to 1"
         require(self.stage.accumulation == 1, "stage.accumulation", whole)
         require(
@@ -103,22 +108,3 @@ class VisionConfig:
         object.__setattr__(
             self, "stage", dataclasses.replace(self.stage, learning_rate=own or rate)
         )
-
-    def identity(self) -> dict[str, Any]:
-        """What decides a run's numbers: all but its name and how often it reports and saves."""
-        values = to_dict(self)
-        return {key: values[key] for key in values if key not in ("name", "training")}
-
-    def identity_hash(self) -> str:
-        """SHA-256 that two configurations share which decide the same numbers."""
-        return config_hash(dataclasses.replace(self, name="any", training=TrainingConfig()))
-
-
-def load_vision_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> VisionConfig:
-    """Read a YAML file, lay ``a.b=value`` overrides on top and check the result.
-
-    Raises ConfigError naming the file (or the override), the dotted key and what is known instead.
-    """
-    raw = strict_yaml.read_mapping(Path(path))
-    source = strict_yaml.apply_overrides(raw, overrides, str(path))
-    return strict_yaml.build(VisionConfig, raw, source)

@@ -1,6 +1,7 @@
 """Laws of image classification: one step, its resumption, its evaluation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,20 @@ import optax
 import pytest
 from PIL import Image
 
+from jaxlab.config import identity_hash, load_config
 from jaxlab.errors import CheckpointError, ConfigError
 from jaxlab.models.vision import PRESETS
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.training.guards import InterruptGuard, NotFiniteError
 from jaxlab.training.metrics import read_metrics
 from jaxlab.workloads import vision, vision_config, vision_step
-from jaxlab.workloads.vision import evaluate_vision, load_vision, train_vision, vision_model
-from jaxlab.workloads.vision_config import load_vision_config
+from jaxlab.workloads.vision import (
+    evaluate_vision,
+    load_vision,
+    train_vision,
+    vision_model,
+    vision_problem,
+)
 
 CONFIG = """
 workload: vision
@@ -51,7 +58,22 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder):
     (folder / "tiny.yaml").write_text(CONFIG.replace("FOLDER", str(folder)))
-    return load_vision_config(folder / "tiny.yaml")
+    return load_config(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_block():
+    """ResNet-8 with one block in place of three: a third of the compilation."""
+    with pytest.MonkeyPatch.context() as patch:
+        shape = dataclasses.replace(PRESETS["resnet8"], blocks=(1,), factors=(2,))
+        patch.setitem(PRESETS, "resnet8", shape)
+        yield
+
+
+def quick_jit(function, **settings):
+    """Compiled in a hurry: these programs run a few times."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function, compiler_options=options, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +84,16 @@ def compiled():
 
 @pytest.fixture
 def shared(monkeypatch, compiled):
-    step, logits = vision.compile_vision_step, vision.compile_logits
+    logits = vision.compile_logits
 
     def shared_step(*, config, **parts):
-        key = ("step", config.identity_hash())
-        return compiled.setdefault(key, compiled.get(key) or step(config=config, **parts))
+        key = ("step", identity_hash(config))
+        step = functools.partial(vision_step.vision_step, config=config, **parts)
+        return compiled.setdefault(key, quick_jit(step, donate_argnums=0))
 
     def shared_logits(config, model):
-        key = ("logits", config.identity_hash())
-        return compiled.setdefault(key, compiled.get(key) or logits(config, model))
+        key = ("logits", identity_hash(config))
+        return compiled.setdefault(key, logits(config, model))
 
     monkeypatch.setattr(vision, "compile_vision_step", shared_step)
     monkeypatch.setattr(vision, "compile_logits", shared_logits)
@@ -107,10 +130,11 @@ def test_a_step_of_sam_and_ire_is_the_rule_by_hand_and_keeps_the_statistics_of_i
     model, optimizer, state = fresh(config)
     # At the second step IRE starts.
     state = state.replace(
-        step=jnp.ones((), jnp.int32), opt_state=optax.tree.set(state.opt_state, count=1)
+        step=jnp.ones((), jnp.int32), opt_state=optax.tree.set(state.opt_state, count=jnp.int32(1))
     )
-    before, batch = jax.tree.map(jnp.copy, state), batch_of()
-    after, numbers = shared(config=config, model=model, optimizer=optimizer)(state, batch)
+    before, batch = state, batch_of()
+    step = shared(config=config, model=model, optimizer=optimizer)
+    after, numbers = step(jax.tree.map(jnp.copy, state), batch)  # the step takes its state over
 
     images = vision_step.augmented(
         config,
@@ -125,7 +149,7 @@ def test_a_step_of_sam_and_ire_is_the_rule_by_hand_and_keeps_the_statistics_of_i
         logits, statistics = model.apply(params, before.statistics, images, train=True)
         return jnp.mean(optax.softmax_cross_entropy(logits, targets)), statistics
 
-    gradient_of = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+    gradient_of = quick_jit(jax.value_and_grad(loss_of, has_aux=True))
     (loss, statistics), gradient = gradient_of(before.params)
     entropy = -float(jnp.mean(jnp.sum(targets * jnp.log(targets), axis=1)))
     assert float(numbers["loss"]) == pytest.approx(float(loss) - entropy, rel=1e-4)
@@ -156,7 +180,7 @@ def test_the_curvature_is_that_of_the_plain_loss_on_the_first_share_of_the_batch
     images = vision_step.model_input(config, batch["images"])
     half = dataclasses.replace(config.optimizer.ire, batch_share=0.5)
 
-    @jax.jit
+    @quick_jit
     def both(key, images):
         found = vision_step.image_curvature(half, model)(
             state.params, key, state.statistics, images, batch["labels"]
@@ -235,7 +259,7 @@ class StopsAt(InterruptGuard):
 
 def final_state(config, run):
     model, optimizer, state = fresh(config)
-    checkpoints = vision.Checkpoints(run, keep=3, config_hash=config.identity_hash())
+    checkpoints = vision.Checkpoints(run, keep=3, config_hash=identity_hash(config))
     return checkpoints.restore(jax.eval_shape(lambda: state))
 
 
@@ -291,6 +315,11 @@ def test_a_run_is_evaluated_as_it_was_at_its_end_and_by_a_plain_loop(config, sha
         right.append(logits.argmax() == sample["labels"])
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert found.accuracy == np.mean(right)
+    problem = vision_problem(unbroken, examples=20)
+    total = sum(float(jax.jit(problem.loss_fn)(loaded.params, *batch)) for batch in problem.batches)
+    trained = evaluate_vision(unbroken, split="train")
+    assert (problem.n, trained.n) == (15, 15)
+    assert total / problem.n == pytest.approx(trained.loss, rel=1e-5)
     batches = list(loaded.batches("train", 8))
     assert [int(batch["weights"].sum()) for batch in batches] == [8, 7]
 
@@ -324,7 +353,7 @@ def test_the_configuration_knows_the_presets_that_there_are():
     ("override", "message"),
     [
         ("model.preset=resnet9", "model.preset: no preset is called 'resnet9'; known: resnet8"),
-        ("optimizer.name=muon", "optimizer.name: muon works on the decoder's matrices"),
+        ("optimizer.name=muon", "optimizer.name: muon is for the decoder's matrices"),
         ("stage.accumulation=2", "stage.accumulation: batch norm needs the batch in one piece"),
         ("start_loss=0.1", "optimizer.ire.start_step: start_loss decides when IRE starts"),
         ("optimizer.learning_rate=0.2", "stage.learning_rate: is 0.1, and optimizer"),
@@ -333,7 +362,7 @@ def test_the_configuration_knows_the_presets_that_there_are():
 )
 def test_what_cannot_be_is_refused_with_its_key(config, folder, override, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        load_vision_config(folder / "tiny.yaml", [override])
+        load_config(folder / "tiny.yaml", [override])
     assert "\n" not in str(caught.value)
 
 

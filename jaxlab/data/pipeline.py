@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from jaxlab.data.tokenizer import PAD_ID
 from jaxlab.errors import DataError
 
 Sample = dict[str, np.ndarray]
+Transform = Callable[[Sample, np.random.Generator], Sample]
 
 
 @runtime_checkable
@@ -93,13 +94,17 @@ def training_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    transform: Transform | None = None,
+    threads: int = 0,
 ) -> Any:
     """An endless iterator over this process's share of batches, as dicts of stacked arrays.
 
     Each source is shuffled anew in every epoch and the sources are mixed by ``weights``. The batch
     of all processes, joined in their order, is the same for every ``process_count``. The iterator
     is Grain's ``DatasetIterator``: ``get_state()`` gives a small JSON-able dict and
-    ``set_state(state)`` goes on from it exactly. Raises DataError.
+    ``set_state(state)`` goes on from it exactly. ``transform`` changes samples with numbers drawn
+    for their place in this order; ``threads`` read ahead, for samples that are not in memory.
+    Raises DataError.
     """
     import grain
 
@@ -110,15 +115,16 @@ def training_iterator(
         grain.MapDataset.source(_Epochs(source, (seed, number)))
         for number, source in enumerate(sources)
     ]
+    mixture = grain.MapDataset.mix(orders, weights=list(weights))
     share = _Share(
-        grain.MapDataset.mix(orders, weights=list(weights)),
+        mixture if transform is None else _Drawn(mixture, transform, seed),
         batch_size=batch_size,
         size=batch_size // process_count,
         offset=batch_size // process_count * process_index,
     )
     batches = grain.MapDataset.source(share).batch(share.size, drop_remainder=True)
-    # Rows lie in memory: threads would only add a delay between a state and what it stands for.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    # Of rows in memory threads would only add a delay between a state and what it stands for.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return iter(batches.to_iter_dataset(options))
 
 
@@ -148,6 +154,22 @@ class _Epochs:
                 self.orders.clear()
             self.orders[epoch] = order
         return self.source[int(order[place])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Samples changed at random, each by its place: the same in every run and after a resume."""
+
+    mixture: Any
+    transform: Transform
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.Generator(np.random.Philox((self.seed, index)))
+        return self.transform(self.mixture[index], rng)
 
 
 @dataclass(frozen=True, slots=True)

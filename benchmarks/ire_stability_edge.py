@@ -28,7 +28,7 @@ import optax
 from sklearn.datasets import load_digits
 
 from jaxlab.optim import ire
-from jaxlab.optim.curvature import per_example_fisher, sampled_label_gradient
+from jaxlab.optim.curvature import per_example_fisher, random_ranks, sampled_label_gradient
 from jaxlab.optim.sam import sam
 from jaxlab.tools.output import machine, write_json
 
@@ -148,13 +148,7 @@ def curvature(mask: str, x):
     if mask == "per-example":
         return lambda params, key: per_example_fisher(logits, params, key, x)
 
-    def uniform(params, key):
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        draws = [jax.random.uniform(k, z.shape) for k, z in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(structure, draws)
-
-    return uniform
+    return random_ranks
 
 
 def optimizer(mask: str, ascends: bool, *, rate, kappa, gamma):

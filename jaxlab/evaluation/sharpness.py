@@ -23,19 +23,21 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 from scipy.linalg import eigh_tridiagonal
 
-from jaxlab.config import ModelConfig
+from jaxlab.config import ModelConfig, load_config
 from jaxlab.errors import ConfigError
 from jaxlab.models.decoder import abstract_decoder
 from jaxlab.training import losses
 from jaxlab.training.corpus import prepare_corpus
 from jaxlab.training.load import load_model
+from jaxlab.training.loop import CONFIG_FILE
 from jaxlab.training.step import SequenceFormat
 
 LossFn = Callable[..., Float[Array, ""]]
 Batches = Sequence[tuple[Any, ...]]
 ONE_BATCH: Batches = ((),)
-# Rows of text on the device at a time.
+# Rows of text on the device at a time, and what is looked at if nothing is said.
 _ROWS = 8
+_TEXT_ROWS, _IMAGES = 64, 512
 _TINY = 1e-30
 
 
@@ -299,13 +301,13 @@ def evaluate_sharpness(
     seed: int = 0,
     report: Callable[[str], None] = print,
 ) -> Sharpness:
-    """Sharpness of the training loss of a run (``DIR`` or ``DIR@stage``) of a language model.
+    """Sharpness of the training loss of a run (``DIR`` or ``DIR@stage``), text or images.
 
-    ``examples`` training rows (64), spread over all of them, read without memory and in float32.
+    ``examples`` training rows (64) or images (512), spread over all of them, in float32; text is
+    read without memory, images with the trained batch statistics and not augmented.
     Raises ConfigError for settings that cannot be, CheckpointError and DataError for the run.
     """
-    examples = 64 if examples is None else examples
-    if examples < 1:
+    if examples is not None and examples < 1:
         raise ConfigError(f"examples is {examples}: it must be at least 1")
     if draws < 2:
         raise ConfigError(f"draws is {draws}: a standard error needs at least 2")
@@ -313,7 +315,16 @@ def evaluate_sharpness(
         raise ConfigError(
             f"eigenvalues is {eigenvalues}: it must be 1 to {iterations}, the iterations"
         )
-    problem = language_problem(run, examples=examples, report=report)
+    folder = Path(str(run).rpartition("@")[0] if "@" in Path(run).name else run)
+    vision = (folder / CONFIG_FILE).is_file() and (
+        load_config(folder / CONFIG_FILE).workload == "vision"
+    )
+    if vision:
+        from jaxlab.workloads.vision import vision_problem
+
+        problem = vision_problem(run, examples=examples or _IMAGES, warn=report)
+    else:
+        problem = language_problem(run, examples=examples or _TEXT_ROWS, report=report)
     return measure_sharpness(
         problem, draws=draws, eigenvalues=eigenvalues, iterations=iterations, seed=seed
     )

@@ -21,8 +21,7 @@ from jaxlab.data.augment import (
 )
 from jaxlab.data.randaugment import rand_augment
 from jaxlab.models.vision import VisionModel
-from jaxlab.optim.curvature import empirical_fisher, random_ranks, sampled_label_fisher
-from jaxlab.optim.curvature import sampled_label_gradient as sampled_gradient
+from jaxlab.optim.curvature import random_ranks, sampled_label_fisher, sampled_label_gradient
 from jaxlab.training.step import flat_shares
 from jaxlab.workloads.vision_config import VisionConfig
 
@@ -118,12 +117,12 @@ def image_curvature(config: IREConfig, model: VisionModel) -> Callable[..., PyTr
         rows = max(1, round(config.batch_share * len(images)))
         images, labels = images[:rows], labels[:rows]
         if config.curvature == "empirical":
-            return empirical_fisher(
-                lambda p: jnp.mean(cross_entropy(logits(p, images), labels)), params
-            )
+            return jax.grad(lambda p: jnp.mean(cross_entropy(logits(p, images), labels)))(params)
         if config.draws == 1:
-            return sampled_gradient(logits, params, key, images)
-        return sampled_label_fisher(logits, params, key, images, draws=config.draws)
+            return sampled_label_gradient(logits, params, key, images)
+        # Like the others the size of a gradient: IRE squares what it averages over refreshes.
+        fisher = sampled_label_fisher(logits, params, key, images, draws=config.draws)
+        return jax.tree.map(jnp.sqrt, fisher)
 
     return curvature
 

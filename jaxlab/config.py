@@ -28,6 +28,7 @@ from jaxlab.training_config import (
     not_negative,
     positive,
     require,
+    with_learning_rate,
 )
 from jaxlab.workloads import WORKLOADS, config_class
 
@@ -231,13 +232,10 @@ class ExperimentConfig:
 
     def _fill_learning_rates(self) -> None:
         """Give ``optimizer.learning_rate`` to the stages; their own may not differ from it."""
-        rate, filled = self.optimizer.learning_rate, {}
-        for name, stage in self.stages.named().items():
-            key, own = f"stages.{name}.learning_rate", stage.learning_rate
-            require(bool(own or rate), key, "missing; give it here or as optimizer.learning_rate")
-            twice = f"is {own}, and optimizer.learning_rate is {rate}; give one of the two"
-            require(rate is None or own in (None, rate), key, twice)
-            filled[name] = dataclasses.replace(stage, learning_rate=own or rate)
+        filled = {
+            name: with_learning_rate(stage, f"stages.{name}", self.optimizer)
+            for name, stage in self.stages.named().items()
+        }
         object.__setattr__(self, "stages", dataclasses.replace(self.stages, **filled))
 
     @property

@@ -3,6 +3,7 @@
 Imports neither jax nor numpy, see ``jaxlab.config``.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -153,6 +154,15 @@ class StageConfig:
             used += self.schedule.decay_steps(self.steps)
         late = f"warmup and decay take {used} steps of a stage of {self.steps}"
         require(used <= self.steps, "schedule.warmup_steps", late)
+
+
+def with_learning_rate(stage: StageConfig, key: str, optimizer: OptimizerConfig) -> StageConfig:
+    """The stage with the optimizer's learning rate if it has none; two may not differ."""
+    own, rate, key = stage.learning_rate, optimizer.learning_rate, f"{key}.learning_rate"
+    require(bool(own or rate), key, "missing; give it here or as optimizer.learning_rate")
+    twice = f"is {own}, and optimizer.learning_rate is {rate}; give one of the two"
+    require(rate is None or own in (None, rate), key, twice)
+    return dataclasses.replace(stage, learning_rate=own or rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
-"""The training loop: in the order that makes a resumed run equal to an unbroken one."""
+"""Training a language model: stage after stage, from where a former call stopped."""
 
 import contextlib
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,16 @@ from jaxlab.training.corpus import (
     stage_sources,
 )
 from jaxlab.training.curvature import batch_curvature
-from jaxlab.training.guards import InterruptGuard, check_finite
+from jaxlab.training.guards import InterruptGuard
 from jaxlab.training.metrics import (
     Goodput,
     MetricsWriter,
-    ProgressBar,
     model_flops_utilization,
     train_flops_per_token,
 )
 from jaxlab.training.state import TrainState, start_state
 from jaxlab.training.step import SequenceFormat, compile_score, compile_train_step
+from jaxlab.training.steps import Recorder, run_steps
 
 CONFIG_FILE = "config.yaml"
 
@@ -195,13 +194,8 @@ def run_stage(
     *,
     offset: int,
 ) -> tuple[TrainState, bool]:
-    """The loop of one stage. Returns the state and whether it was interrupted.
-
-    The order is what makes resuming exact; do not change it: evaluate the current parameters, save
-    state and data position together, take the next batch, dispatch the step, and only then fetch
-    the numbers of the step before, so that the device never waits for the host.
-    """
-    config, training, goodput = run.config, run.config.training, run.goodput
+    """The steps of one stage. Returns the state and whether it was interrupted."""
+    config, training = run.config, run.config.training
     form = sequence_format(config, run.corpus.tokenizer, memory=stage.memory)
     parts = {"graphdef": run.graphdef, "form": form, "accumulation": stage.accumulation}
     ire = config.optimizer.ire
@@ -213,46 +207,31 @@ def run_stage(
     batches = _batches(run, name, stage)
     if position["data"] is not None:
         batches.set_state(position["data"])
-    evaluate = _Evaluator(run, form, stage)
-    record = _Recorder(run, name, stage, offset)
-    first = done = int(state.step)
-    pending = None
-    # Copies between host and device are explicit below; any other is a mistake.
-    with (
-        ProgressBar(name, stage.steps, every=training.log_every, start=done) as bar,
-        jax.transfer_guard("disallow"),
-    ):
-        while True:
-            last = done == stage.steps
-            stop = run.guard.requested
-            evaluates = done > first and (last or _due(done, training.evaluate_every))
-            saves = done > first and (last or stop or _due(done, training.save_every))
-            if evaluates or saves:
-                # What is not finite is found here, before it is evaluated or saved.
-                pending = record.step(pending, bar)
-            if evaluates:
-                with goodput.measure("evaluate"):
-                    run.validation_loss = evaluate(state.params)
-                record.evaluation(offset + done, run.validation_loss, state.opt_state)
-            if saves:
-                with goodput.measure("save"):
-                    place = {"stage": name, "step": offset + done, "data": batches.get_state()}
-                    run.checkpoints.save(offset + done, state, place, label=name if last else None)
-            if last or stop:
-                record.step(pending, bar)
-                return state, stop and not last
-            with goodput.measure("data"):
-                batch = jax.device_put(next(batches))
-            with goodput.measure("compile" if done == first else "step"):
-                state, numbers = step_function(state, batch)
-                if done == first:
-                    jax.block_until_ready(numbers)
-                done += 1
-                pending = record.step(pending, bar, then=(done, numbers))
+    score = _Evaluator(run, form, stage)
+    writer = _StageMetrics(run, name, stage, offset)
 
+    def evaluate(done: int, state: TrainState) -> None:
+        run.validation_loss = score(state.params)
+        writer.evaluation(done, run.validation_loss, state.opt_state)
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    def save(done: int, state: TrainState, last: bool) -> None:
+        place = {"stage": name, "step": offset + done, "data": batches.get_state()}
+        run.checkpoints.save(offset + done, state, place, label=name if last else None)
+
+    tokens = stage.batch_size * config.data.sequence_length
+    return run_steps(
+        state,
+        step_function,
+        batches,
+        title=name,
+        steps=stage.steps,
+        training=training,
+        guard=run.guard,
+        goodput=run.goodput,
+        record=Recorder(writer.step, units=tokens, offset=offset),
+        evaluate=evaluate,
+        save=save,
+    )
 
 
 def _batches(run: _Run, name: str, stage: StageConfig):
@@ -302,37 +281,22 @@ class _Evaluator:
         return total / max(weight, 1.0)
 
 
-class _Recorder:
-    """Fetches the numbers of a step once the next one is on its way, and writes them down."""
+class _StageMetrics:
+    """Writes down the numbers of a stage."""
 
     def __init__(self, run: _Run, name: str, stage: StageConfig, offset: int):
-        self._run, self._name, self._stage, self._offset = run, name, stage, offset
+        self._run, self._name, self._offset = run, name, offset
         config = run.config
-        self._tokens = stage.batch_size * config.data.sequence_length
         self._flops = train_flops_per_token(
             config.model,
             vocab_size=config.model.vocab_size,
             sequence_length=config.data.sequence_length,
         )
         self._schedule = make_schedule(stage)
-        self._mark = None
 
-    def step(self, pending, bar: ProgressBar, *, then=None):
-        """Write the pending numbers; returns ``then``, the numbers that are pending now."""
-        if pending is not None:
-            done, numbers = pending
-            numbers = {key: float(value) for key, value in jax.device_get(numbers).items()}
-            check_finite(numbers, self._offset + done)
-            now = time.perf_counter()
-            # The first step of a call is compilation; it has no speed.
-            speed = None if self._mark is None else self._tokens / (now - self._mark)
-            self._mark = now
-            self._write(done, numbers, speed, bar)
-        return then
-
-    def _write(self, done: int, numbers: dict[str, float], speed: float | None, bar) -> None:
-        run = self._run
-        mfu = None
+    def step(self, done: int, numbers: dict[str, float], speed: float | None) -> None:
+        """The numbers of one step; ``speed`` in tokens a second."""
+        run, mfu = self._run, None
         if speed is not None:
             mfu = model_flops_utilization(
                 speed,
@@ -345,14 +309,14 @@ class _Recorder:
         extra = {"learning_rate": rate, "tokens_per_second": speed, "mfu": mfu}
         extra["goodput"] = run.goodput.share()
         run.metrics.write(self._offset + done, {**numbers, **extra}, stage=self._name)
-        bar.update(done, loss=numbers["loss"])
 
-    def evaluation(self, step: int, loss: float | None, opt_state: Any) -> None:
+    def evaluation(self, done: int, loss: float | None, opt_state: Any) -> None:
         """Write a validation loss, and with IRE the flat share of each kind of block."""
         if loss is not None:
             shares = jax.device_get(_flat_fractions(opt_state))
             numbers = {f"flat_fraction/{name}": value for name, value in shares.items()}
             numbers = {"validation_loss": loss, **numbers}
+            step = self._offset + done
             self._run.metrics.write(step, numbers, stage=self._name)
             self._run.report(f"{self._name} step {step}: validation loss {loss:.4f} nats a token")
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights
-from jaxlab.training.guards import InterruptGuard, check_finite
+from jaxlab.training.guards import InterruptGuard
 from jaxlab.training.loop import CONFIG_FILE, TrainResult
-from jaxlab.training.metrics import Goodput, MetricsWriter, ProgressBar
+from jaxlab.training.metrics import Goodput, MetricsWriter
+from jaxlab.training.steps import Recorder, run_steps
 from jaxlab.workloads.vision_config import VisionConfig
 from jaxlab.workloads.vision_step import (
     VisionState,
@@ -135,52 +135,34 @@ class _Trainer:
     guard: InterruptGuard
     report: Callable[[str], None]
     validation_loss: float | None = None
-    mark: float | None = None
 
     def run(self, state: VisionState, position: dict[str, Any]) -> TrainResult:
-        """Steps up to the end, or to an interruption.
-
-        The order is that of ``training.loop`` and makes resuming exact: evaluate, save state and
-        data position together, next batch, dispatch, and then fetch the numbers of the step before.
-        """
-        config, stage, goodput = self.config, self.config.stage, self.goodput
+        """Steps up to the end, or to an interruption."""
+        config, stage = self.config, self.config.stage
         step_function = compile_vision_step(
             config=config, model=self.model, optimizer=_optimizer(config)
         )
         logits = compile_logits(config, self.model)
         batches = self._batches(position)
-        first = done = int(state.step)
-        pending = None
-        with (
-            ProgressBar(_STAGE, stage.steps, every=config.training.log_every, start=done) as bar,
-            jax.transfer_guard("disallow"),
-        ):
-            while True:
-                last, stop = done == stage.steps, self.guard.requested
-                new = done > first
-                evaluates = new and (last or _due(done, config.training.evaluate_every))
-                saves = new and (last or stop or _due(done, config.training.save_every))
-                if evaluates or saves:
-                    # What is not finite is found here, before it is evaluated or saved.
-                    pending = self._record(pending, bar)
-                if evaluates:
-                    with goodput.measure("evaluate"):
-                        self._evaluate(done, state, logits)
-                if saves:
-                    with goodput.measure("save"):
-                        place = {"step": done, "data": batches.get_state()}
-                        self.checkpoints.save(done, state, place, label=_STAGE if last else None)
-                if last or stop:
-                    self._record(pending, bar)
-                    return TrainResult(done, _STAGE, stop and not last, self.validation_loss)
-                with goodput.measure("data"):
-                    batch = jax.device_put(next(batches))
-                with goodput.measure("compile" if done == first else "step"):
-                    state, numbers = step_function(state, batch)
-                    if done == first:
-                        jax.block_until_ready(numbers)
-                    done += 1
-                    pending = self._record(pending, bar, then=(done, numbers))
+
+        def save(done: int, state: VisionState, last: bool) -> None:
+            place = {"step": done, "data": batches.get_state()}
+            self.checkpoints.save(done, state, place, label=_STAGE if last else None)
+
+        state, interrupted = run_steps(
+            state,
+            step_function,
+            batches,
+            title=_STAGE,
+            steps=stage.steps,
+            training=config.training,
+            guard=self.guard,
+            goodput=self.goodput,
+            record=Recorder(self._write, units=stage.batch_size),
+            evaluate=functools.partial(self._evaluate, logits),
+            save=save,
+        )
+        return TrainResult(int(state.step), _STAGE, interrupted, self.validation_loss)
 
     def _batches(self, position: dict[str, Any]) -> Any:
         transform = self.data.train_transform
@@ -200,26 +182,14 @@ class _Trainer:
     def _schedule(self) -> Callable[[Array], Array]:
         return make_schedule(self.config.stage)
 
-    def _record(self, pending: Any, bar: ProgressBar, *, then: Any = None) -> Any:
-        """Write the pending numbers; returns ``then``, the numbers that are pending now."""
-        if pending is not None:
-            done, numbers = pending
-            numbers = {key: float(value) for key, value in jax.device_get(numbers).items()}
-            check_finite(numbers, done)
-            now = time.perf_counter()
-            # The first step of a call is compilation; it has no speed.
-            size = self.config.stage.batch_size
-            speed = None if self.mark is None else size / (now - self.mark)
-            self.mark = now
-            with jax.transfer_guard("allow"):
-                rate = float(self._schedule(jnp.asarray(done - 1)))
-            extra = {"learning_rate": rate, "images_per_second": speed}
-            extra["goodput"] = self.goodput.share()
-            self.metrics.write(done, {**numbers, **extra}, stage=_STAGE)
-            bar.update(done, loss=numbers["loss"])
-        return then
+    def _write(self, done: int, numbers: dict[str, float], speed: float | None) -> None:
+        with jax.transfer_guard("allow"):
+            rate = float(self._schedule(jnp.asarray(done - 1)))
+        extra = {"learning_rate": rate, "images_per_second": speed}
+        extra["goodput"] = self.goodput.share()
+        self.metrics.write(done, {**numbers, **extra}, stage=_STAGE)
 
-    def _evaluate(self, step: int, state: VisionState, logits: Callable[..., Array]) -> None:
+    def _evaluate(self, logits: Callable[..., Array], step: int, state: VisionState) -> None:
         found = _evaluation(
             functools.partial(logits, state.params, state.statistics),
             self.data.test,
@@ -229,10 +199,6 @@ class _Trainer:
         values = {"validation_loss": found.loss, "accuracy": found.accuracy}
         self.metrics.write(step, values, stage=_STAGE)
         self.report(f"step {step}: accuracy {found.accuracy:.4f}, test loss {found.loss:.4f} nats")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 @jax.jit

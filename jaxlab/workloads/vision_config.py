@@ -4,7 +4,6 @@ Imports neither jax nor numpy, like ``jaxlab.config``: whatever is wrong is foun
 is touched.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +15,7 @@ from jaxlab.training_config import (
     not_negative,
     positive,
     require,
+    with_learning_rate,
 )
 
 PRESET_NAMES = (
@@ -44,12 +44,12 @@ class VisionDataConfig:
 
     ``basic`` pads small images by four pixels, cuts a window and flips half of them; images over 64
     pixels are cut and resized at random instead. ``randaugment`` adds two random operations of
-    magnitude 15 of 30.
+    magnitude 15 of 30, ``autoaugment`` a random pair of the policy that was found for CIFAR.
     """
 
     source: str  # folder:PATH or tfds:NAME
     image_size: int = 32
-    augment: Literal["none", "basic", "randaugment"] = "basic"
+    augment: Literal["none", "basic", "randaugment", "autoaugment"] = "basic"
     normalise: Literal["cifar", "imagenet"] = "cifar"  # whose mean and deviation of the channels
     limit: int | None = None  # training images, spread over the classes; None: all
     test_limit: int | None = None
@@ -100,11 +100,5 @@ class VisionConfig:
         self._fill_learning_rate()
 
     def _fill_learning_rate(self) -> None:
-        own, rate = self.stage.learning_rate, self.optimizer.learning_rate
-        missing = "missing; give it here or as optimizer.learning_rate"
-        require(bool(own or rate), "stage.learning_rate", missing)
-        twice = f"is {own}, and optimizer.learning_rate is {rate}; give one of the two"
-        require(rate is None or own in (None, rate), "stage.learning_rate", twice)
-        object.__setattr__(
-            self, "stage", dataclasses.replace(self.stage, learning_rate=own or rate)
-        )
+        filled = with_learning_rate(self.stage, "stage", self.optimizer)
+        object.__setattr__(self, "stage", filled)

@@ -19,6 +19,7 @@ from jaxlab.data.augment import (
     random_flip,
     smooth_labels,
 )
+from jaxlab.data.autoaugment import auto_augment
 from jaxlab.data.randaugment import rand_augment
 from jaxlab.models.vision import VisionModel
 from jaxlab.optim.curvature import random_ranks, sampled_label_fisher, sampled_label_gradient
@@ -76,6 +77,8 @@ def augmented(
         images = random_flip(flip, images)
     if config.data.augment == "randaugment":
         images = rand_augment(operations, images)
+    if config.data.augment == "autoaugment":
+        images = auto_augment(operations, images)
     return model_input(config, images)
 
 

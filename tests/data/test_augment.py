@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from jaxlab.data import randaugment
+from jaxlab.data import autoaugment, randaugment
+from jaxlab.data import randaugment as ops  # as the policy names them
 from jaxlab.data.augment import (
     CIFAR,
     mixup,
@@ -154,3 +155,18 @@ def test_rand_augment_depends_on_key_and_place_alone_and_reaches_every_operation
     np.testing.assert_array_equal(run(KEY, changed)[0], first[0])
     # 14 operations, of which nine have a sign: 5 + 2 * 9 results of one image, all of them seen.
     assert len({image.tobytes() for image in first}) == 23
+
+
+def test_auto_augment_takes_each_pair_of_its_policy_and_inverts_as_it_says(monkeypatch):
+    """With one certain pair the result is that of its operations by hand."""
+    pair = ((ops.invert, 1.0, 3), (ops.posterize, 1.0, 9))
+    monkeypatch.setattr(autoaugment, "POLICY", (pair,))
+    result = autoaugment.auto_augment(KEY, jnp.asarray(PICTURES))
+    np.testing.assert_array_equal(result, (255 - PICTURES) // 16 * 16)
+    monkeypatch.setattr(autoaugment, "POLICY", (tuple((op, 0.0, n) for op, _, n in pair),))
+    np.testing.assert_array_equal(autoaugment.auto_augment(KEY, jnp.asarray(PICTURES)), PICTURES)
+
+
+def test_the_policy_has_its_twenty_five_pairs():
+    assert len(autoaugment.POLICY) == 25 and all(len(pair) == 2 for pair in autoaugment.POLICY)
+    assert all(0 <= p <= 1 and 0 <= n <= 9 for pair in autoaugment.POLICY for _, p, n in pair)

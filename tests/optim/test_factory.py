@@ -1,14 +1,23 @@
 """One step of each chain against its rule in plain numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
-from jaxlab.config import OptimizerConfig, ScheduleConfig, StageConfig
+from jaxlab.config import (
+    BlockwiseConfig,
+    IREConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StageConfig,
+)
 from jaxlab.models.decoder import abstract_decoder
-from jaxlab.optim import decay_mask, make_optimizer
+from jaxlab.optim import decay_mask, make_optimizer, make_schedule
 from jaxlab.optim.blocks import matrix_axes
 from tests.models.tiny import tiny_config
 
@@ -166,3 +175,82 @@ def test_muon_knows_every_matrix_of_the_decoder_and_nothing_else():
         if found is not None:
             flat = np.r_[0, found.reduction_axis, found.output_axis]
             assert sorted(flat) == list(range(leaf.ndim))
+
+
+# ---------------------------------------------------------------------------- around the base
+
+
+def moved_by(config: OptimizerConfig, params: dict, grad: dict, **extra) -> dict:
+    """The first step's change of each leaf."""
+    chain = make_optimizer(config, STAGE)
+    update, _ = chain.update(
+        jax.tree.map(jnp.asarray, grad),
+        chain.init(params),
+        jax.tree.map(jnp.asarray, params),
+        **extra,
+    )
+    return update
+
+
+def test_blockwise_rates_multiply_the_whole_step_of_each_kind_of_block():
+    params, grad = decoder_like(0), decoder_like(1)
+    plain = moved_by(OptimizerConfig(), params, grad)
+    ours = moved_by(OptimizerConfig(blockwise=BlockwiseConfig(query_key=3.0)), params, grad)
+    factors = {"query": 3.0, "output": 4.0, "up": 6.0, "down": 6.0, "embedding": 10.0, "scale": 1.0}
+    for name, factor in factors.items():
+        np.testing.assert_allclose(ours[name], factor * plain[name], rtol=1e-6)
+
+
+def test_powers_are_taken_of_the_clipped_gradient():
+    params, grad = make_params(0), make_params(1)
+    config = OptimizerConfig(name="sgd", momentum=0.0, weight_decay=0.0, clip_norm=1.0)
+    ours = moved_by(dataclasses.replace(config, gradient_power=1.2), params, grad)
+    raised = jax.tree.map(lambda g: np.sign(g) * np.abs(g) ** 1.2, clipped(grad, 1.0))
+    expected = moved_by(dataclasses.replace(config, clip_norm=None), params, raised)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, expected)
+
+
+def test_sam_clips_and_steps_with_the_gradient_of_the_climbed_point():
+    params, grad, there = make_params(0), make_params(1), make_params(2)
+    config = OptimizerConfig(name="sgd", momentum=0.0, weight_decay=0.0, clip_norm=1.0)
+    climbed = {}
+
+    def grad_fn(at):
+        climbed["point"] = at
+        return there
+
+    ours = moved_by(dataclasses.replace(config, sam_radius=0.5), params, grad, grad_fn=grad_fn)
+    expected = moved_by(config, params, there)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, expected)
+    total = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in jax.tree.leaves(grad)))
+    jax.tree.map(
+        lambda at, p, g: np.testing.assert_allclose(at, p + 0.5 * g / total, rtol=1e-5),
+        *(climbed["point"], params, grad),
+    )
+
+
+@pytest.mark.parametrize("follows", ["nothing", "learning-rate"])
+def test_ire_starts_when_warmup_ends_and_its_strength_may_follow_the_rate(follows):
+    schedule = ScheduleConfig(name="warmup-cosine", warmup_steps=2)
+    stage = StageConfig(steps=6, batch_size=1, learning_rate=0.5, schedule=schedule)
+    ire = IREConfig(kappa=3.0, gamma=1.0, kappa_follows=follows)
+    config = OptimizerConfig(name="sgd", momentum=0.0, weight_decay=0.0, clip_norm=None)
+    chain = make_optimizer(dataclasses.replace(config, ire=ire), stage)
+    base = make_optimizer(config, stage)
+    params = {"scale": jnp.ones(3)}
+    state, base_state, rate = chain.init(params), base.init(params), make_schedule(stage)
+    for step in range(6):
+        ours, state = chain.update(params, state, params, curvature_fn=lambda p, key: p)
+        plain, base_state = base.update(params, base_state, params)
+        share = 1.0 if follows == "nothing" else float(rate(step)) / 0.5
+        factor = 1.0 if step < 2 else 1 + 3 * share
+        np.testing.assert_allclose(ours["scale"], factor * plain["scale"], rtol=1e-5)
+
+
+def test_lite_leaves_everything_but_the_layers_matrices_to_adamw():
+    params, grads = decoder_like(0), [decoder_like(1), decoder_like(2)]
+    lite = run(OptimizerConfig(name="lite-muon", weight_decay=0.3), params, grads)
+    adamw = run(OptimizerConfig(weight_decay=0.3), params, grads)
+    for name in ("embedding", "scale"):
+        np.testing.assert_allclose(lite[name], adamw[name], rtol=1e-6)
+    assert np.abs(lite["query"] - adamw["query"]).max() > 1e-3

@@ -45,10 +45,10 @@ def small_config(tmp_path):
     "change, expected",
     [
         ("stages.warmup.learning_rat=1", "unknown key; did you mean stages.warmup.learning_rate?"),
-        ("learning_rate=1", "unknown key; did you mean stages."),
+        ("learning_rate=1", "unknown key; did you mean optimizer.learning_rate?"),
         ("seed=banana", "--set seed=banana: seed: expected an integer, got 'banana'"),
         ("seed", "--set seed: expected KEY=VALUE"),
-        ("optimizer.name=adam", "must be one of adamw, sgd, muon; got 'adam'"),
+        ("optimizer.name=adam", "must be one of adamw, sgd, muon, lite-muon; got 'adam'"),
         ("data.sequence_length=100", "100 is not a multiple of memory.chunk_length (64)"),
         ("model.memory_layers=0", "reading memory needs model.memory_layers > 0"),
     ],

@@ -6,17 +6,19 @@ AdamW is swept over the learning rate at two schedule lengths, then IRE over (ka
 shorter one and AdamW's best rate, as the paper does (arXiv 2405.20763, §4.3). Controls: a random
 mask of equal density, AdamW with the rate times 1 + kappa gamma, and as further rows blockwise
 rates, Muon and LITE, each with a sweep of its own. The best cell of each row gets the other seeds.
-All cells are runs of configs/llama_ire_small.yaml; what is done is not done again.
+All cells are runs of configs/llama_ire_small.yaml, one to a core and as many at once as --workers
+says; what is done is not done again.
 """
 
 import argparse
+import itertools
 import math
+import os
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jaxlab.config import identity_hash, load_config
 from jaxlab.data.sources import load_documents, split_documents
@@ -27,8 +29,8 @@ from jaxlab.training.metrics import read_metrics
 
 CONFIG = "configs/llama_ire_small.yaml"
 ADAMW, TWICE, IRE, RANDOM = "AdamW", "AdamW, twice the steps", "AdamW + IRE", "AdamW + random mask"
-RATES = ("5e-4", "1e-3", "1.4e-3", "2e-3", "4e-3")
-TWICE_RATES = ("7e-4", "1e-3", "2e-3")
+LARGER = "AdamW, rate x (1 + kappa gamma)"
+RATES = ("7e-4", "1e-3", "1.4e-3")
 GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
 # Rows that a reader will compare, each with rates of its own.
 PEERS = {
@@ -36,12 +38,17 @@ PEERS = {
     "Muon": ({"optimizer.name": "muon", "optimizer.momentum": "0.95"}, ("2e-3", "4e-3")),
     "LITE on Muon": ({"optimizer.name": "lite-muon", "optimizer.momentum": "0.95"}, ("2e-3",)),
 }
+# Rows near enough to each other that one seed would not tell them apart.
+SEVERAL_SEEDS = (ADAMW, IRE, "Muon", "AdamW, blockwise rates")
 # Two-sided 95 % quantiles of Student's t for n - 1 degrees of freedom.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
+Settings = dict[str, str]
+
+
 class Study:
-    """Runs cells and remembers which row each belongs to."""
+    """Runs cells, several at once, and remembers which row each belongs to."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.rows = args, {}
@@ -50,9 +57,19 @@ class Study:
         if not tokenizer.exists():
             args.out.mkdir(parents=True, exist_ok=True)
             _train_tokenizer(args.source, tokenizer)
+        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        # A child inherits the core of the thread that started it.
+        self.pool = ThreadPoolExecutor(
+            args.workers, initializer=lambda: os.sched_setaffinity(0, {next(cores)})
+        )
 
-    def loss(self, row: str, settings: dict[str, str], *, steps: int, seed: int) -> float:
-        """Validation loss of one run; infinite when it diverged."""
+    def run(self, wanted: list[tuple[str, Settings, int]], *, seed: int) -> None:
+        """Cells given as (row, settings, steps), all at one seed."""
+        entries = self.pool.map(lambda cell: self._entry(*cell, seed=seed), wanted)
+        for (row, _, _), entry in zip(wanted, entries, strict=True):
+            self.rows.setdefault(row, []).append(entry)
+
+    def _entry(self, row: str, settings: Settings, steps: int, *, seed: int) -> dict[str, Any]:
         values = {
             **settings,
             "stages.warmup.steps": str(steps),
@@ -60,28 +77,17 @@ class Study:
             "seed": str(seed),
         }
         cell = Cell(values)
-        wanted = identity_hash(load_config(CONFIG, [*self.fixed, *cell.overrides]))
-        found = run_cell(CONFIG, cell, out=self.args.out, overrides=self.fixed, identity=wanted)
+        identity = identity_hash(load_config(CONFIG, [*self.fixed, *cell.overrides]))
+        found = run_cell(CONFIG, cell, out=self.args.out, overrides=self.fixed, identity=identity)
         speed = _speed(self.args.out / cell.name) if found["status"] == "done" else None
-        entry = {
-            **found,
-            "run": cell.name,
-            "steps": steps,
-            "seed": seed,
-            "tokens_per_second": speed,
-        }
-        self.rows.setdefault(row, []).append(entry)
         value = found.get("validation_loss", math.inf)
         print(f"{row}  {' '.join(cell.overrides)}  {value:.4f}", flush=True)
-        return value
+        more = {"run": cell.name, "steps": steps, "seed": seed, "tokens_per_second": speed}
+        return {**found, **more}
 
-    def best(self, row: str, options: list[dict[str, str]], *, steps: int) -> dict[str, str]:
-        """The settings with the lowest loss at the first seed, run with the other seeds too."""
-        losses = [self.loss(row, o, steps=steps, seed=self.args.seeds[0]) for o in options]
-        chosen = options[int(np.argmin(losses))]
-        for seed in self.args.seeds[1:]:
-            self.loss(row, chosen, steps=steps, seed=seed)
-        return chosen
+    def best(self, row: str) -> Settings:
+        """The optimizer's settings in the best cell of a row."""
+        return _optimizer(_at_best(self.rows[row])[0])
 
 
 def _train_tokenizer(source: str, path: Path) -> None:
@@ -102,28 +108,36 @@ def _speed(run: Path) -> float:
 
 
 def run_study(args: argparse.Namespace) -> dict[str, Any]:
-    """All cells in order, then the summary."""
-    study, steps = Study(args), args.steps
+    """Sweeps of the bases; what needs their best rate; the best cells with the other seeds."""
+    study, steps, first = Study(args), args.steps, args.seeds[0]
     plain = {"optimizer.ire": "null"}
 
-    def at(rates: tuple[str, ...], settings: dict[str, str]) -> list[dict[str, str]]:
-        return [{**settings, "optimizer.learning_rate": rate} for rate in rates]
+    def at(rates: tuple[str, ...], settings: Settings) -> list[Settings]:
+        return [{"optimizer.learning_rate": rate, **settings} for rate in rates]
 
-    best = study.best(ADAMW, at(RATES, plain), steps=steps)
-    rate = best["optimizer.learning_rate"]
-    study.best(TWICE, at(TWICE_RATES, plain), steps=2 * steps)
+    # The long ones first, so that no core is idle at the end.
+    wanted = [(TWICE, one, 2 * steps) for one in at(RATES, plain)]
+    wanted += [(ADAMW, one, steps) for one in at(RATES, plain)]
+    for name, (settings, rates) in PEERS.items():
+        wanted += [(name, one, steps) for one in at(rates, {**plain, **settings})]
+    study.run(wanted, seed=first)
 
-    def ire(kappa: float, gamma: float, **more: str) -> dict[str, str]:
+    rate = study.best(ADAMW)["optimizer.learning_rate"]
+
+    def ire(kappa: float, gamma: float, **more: str) -> Settings:
         mask = {"optimizer.ire.kappa": f"{kappa:g}", "optimizer.ire.gamma": f"{gamma:g}"}
         return {"optimizer.learning_rate": rate, **mask, **more}
 
-    chosen = study.best(IRE, [ire(*pair) for pair in GRID], steps=steps)
+    study.run([(IRE, ire(*pair), steps) for pair in GRID], seed=first)
+    chosen = study.best(IRE)
     kappa, gamma = (float(chosen[f"optimizer.ire.{key}"]) for key in ("kappa", "gamma"))
-    study.best(RANDOM, [ire(kappa, gamma, **{"optimizer.ire.curvature": "random"})], steps=steps)
     larger = f"{float(rate) * (1 + kappa * gamma):.3g}"
-    study.best("AdamW, rate x (1 + kappa gamma)", at((larger,), plain), steps=steps)
-    for name, (settings, rates) in PEERS.items():
-        study.best(name, at(rates, {**plain, **settings}), steps=steps)
+    wanted = [(RANDOM, ire(kappa, gamma, **{"optimizer.ire.curvature": "random"}), steps)]
+    wanted += [(LARGER, one, steps) for one in at((larger,), plain)]
+    study.run(wanted, seed=first)
+
+    for seed in args.seeds[1:]:
+        study.run([(row, study.best(row), steps) for row in SEVERAL_SEEDS], seed=seed)
     return summarise(study, args)
 
 
@@ -136,7 +150,7 @@ def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         table.append(
             {
                 "row": name,
-                "set": {k: v for k, v in mine[0]["set"].items() if k.startswith("optimizer")},
+                "set": _optimizer(mine[0]),
                 "validation_loss": _interval([c["validation_loss"] for c in mine]),
                 "over_adamw": _paired(mine, base),
                 "steps": mine[0]["steps"],
@@ -161,10 +175,11 @@ def _at_best(cells: list[dict]) -> list[dict]:
     done = [cell for cell in cells if cell["status"] == "done"]
     best = min(done, key=lambda cell: cell["validation_loss"] if cell["seed"] == 0 else math.inf)
 
-    def settings(cell: dict) -> dict:
-        return {key: value for key, value in cell["set"].items() if key != "seed"}
+    return [cell for cell in done if _optimizer(cell) == _optimizer(best)]
 
-    return [cell for cell in done if settings(cell) == settings(best)]
+
+def _optimizer(cell: dict) -> Settings:
+    return {key: value for key, value in cell["set"].items() if key.startswith("optimizer.")}
 
 
 def _interval(values: list[float]) -> dict[str, Any]:
@@ -239,7 +254,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", required=True, help="documents, as for jaxlab train")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sharpness", type=int, default=64, help="rows for the trace; 0: none")
     parser.add_argument("--json", required=True, type=Path)

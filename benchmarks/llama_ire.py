@@ -11,20 +11,17 @@ says; what is done is not done again.
 """
 
 import argparse
-import itertools
 import math
-import os
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxlab.config import identity_hash, load_config
+from jaxlab.config import load_config
 from jaxlab.data.sources import load_documents, split_documents
 from jaxlab.data.tokenizer import train_tokenizer
 from jaxlab.tools.output import machine, write_json
-from jaxlab.tools.sweep import Cell, run_cell
+from jaxlab.tools.sweep import Cell, interval, run_cells
 from jaxlab.training.metrics import read_metrics
 
 CONFIG = "configs/llama_ire_small.yaml"
@@ -40,10 +37,6 @@ PEERS = {
 }
 # Rows near enough to each other that one seed would not tell them apart.
 SEVERAL_SEEDS = (ADAMW, IRE, "Muon", "AdamW, blockwise rates")
-# Two-sided 95 % quantiles of Student's t for n - 1 degrees of freedom.
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-
-
 Settings = dict[str, str]
 
 
@@ -57,33 +50,29 @@ class Study:
         if not tokenizer.exists():
             args.out.mkdir(parents=True, exist_ok=True)
             _train_tokenizer(args.source, tokenizer)
-        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
-        # A child inherits the core of the thread that started it.
-        self.pool = ThreadPoolExecutor(
-            args.workers, initializer=lambda: os.sched_setaffinity(0, {next(cores)})
-        )
 
     def run(self, wanted: list[tuple[str, Settings, int]], *, seed: int) -> None:
         """Cells given as (row, settings, steps), all at one seed."""
-        entries = self.pool.map(lambda cell: self._entry(*cell, seed=seed), wanted)
-        for (row, _, _), entry in zip(wanted, entries, strict=True):
+        cells = [
+            Cell(
+                {
+                    **settings,
+                    "stages.warmup.steps": str(steps),
+                    "stages.warmup.schedule.warmup_steps": str(steps // 10),
+                    "seed": str(seed),
+                }
+            )
+            for _, settings, steps in wanted
+        ]
+        out, workers = self.args.out, self.args.workers
+        found = run_cells(CONFIG, cells, out=out, overrides=self.fixed, workers=workers)
+        for (row, _, steps), cell, result in zip(wanted, cells, found, strict=True):
+            loss = result.get("validation_loss", math.inf)
+            print(f"{row}  {' '.join(cell.overrides)}  {loss:.4f}", flush=True)
+            entry = {**result, "run": cell.name, "steps": steps, "seed": seed}
+            if result["status"] == "done":
+                entry["tokens_per_second"] = _speed(out / cell.name)
             self.rows.setdefault(row, []).append(entry)
-
-    def _entry(self, row: str, settings: Settings, steps: int, *, seed: int) -> dict[str, Any]:
-        values = {
-            **settings,
-            "stages.warmup.steps": str(steps),
-            "stages.warmup.schedule.warmup_steps": str(steps // 10),
-            "seed": str(seed),
-        }
-        cell = Cell(values)
-        identity = identity_hash(load_config(CONFIG, [*self.fixed, *cell.overrides]))
-        found = run_cell(CONFIG, cell, out=self.args.out, overrides=self.fixed, identity=identity)
-        speed = _speed(self.args.out / cell.name) if found["status"] == "done" else None
-        value = found.get("validation_loss", math.inf)
-        print(f"{row}  {' '.join(cell.overrides)}  {value:.4f}", flush=True)
-        more = {"run": cell.name, "steps": steps, "seed": seed, "tokens_per_second": speed}
-        return {**found, **more}
 
     def best(self, row: str) -> Settings:
         """The optimizer's settings in the best cell of a row."""
@@ -144,22 +133,25 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
 def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Rows at their best settings: losses, differences by seed, speed-ups, sharpness."""
     base, twice = (_at_best(study.rows[name]) for name in (ADAMW, TWICE))
+    traces = {name: _fisher(args, _at_best(cells)) for name, cells in study.rows.items()}
     table = []
     for name, cells in study.rows.items():
         mine = _at_best(cells)
-        table.append(
-            {
-                "row": name,
-                "set": _optimizer(mine[0]),
-                "validation_loss": _interval([c["validation_loss"] for c in mine]),
-                "over_adamw": _paired(mine, base),
-                "steps": mine[0]["steps"],
-                "tokens_per_second": statistics.fmean(c["tokens_per_second"] for c in mine),
-                "speed_up": None if name == TWICE else _speed_up(mine, base, twice),
-                "flat_fraction": {k: v for k, v in mine[0].items() if k.startswith("flat")},
-                "fisher_trace": _fisher(args, mine),
-            }
-        )
+        row = {"row": name, "diverged": sum(cell["status"] != "done" for cell in cells)}
+        table.append(row)
+        if not mine:
+            continue
+        row |= {
+            "set": _optimizer(mine[0]),
+            "validation_loss": interval([c["validation_loss"] for c in mine]),
+            "over_adamw": _paired(mine, base),
+            "steps": mine[0]["steps"],
+            "tokens_per_second": statistics.fmean(c["tokens_per_second"] for c in mine),
+            "speed_up": None if name == TWICE else _speed_up(mine, base, twice),
+            "flat_fraction": {k: v for k, v in mine[0].items() if k.startswith("flat")},
+            "fisher_trace": traces[name],
+            "adamw_trace_at_this_loss": _at_equal_loss(traces, name),
+        }
     return {
         "machine": machine(),
         "command": " ".join(["python", *sys.argv]),
@@ -171,8 +163,10 @@ def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _at_best(cells: list[dict]) -> list[dict]:
-    """The cells of a row that share the settings of the best one, a seed each."""
+    """The cells of a row that share the settings of the best one, a seed each; diverged: none."""
     done = [cell for cell in cells if cell["status"] == "done"]
+    if not done:
+        return []
     best = min(done, key=lambda cell: cell["validation_loss"] if cell["seed"] == 0 else math.inf)
 
     return [cell for cell in done if _optimizer(cell) == _optimizer(best)]
@@ -182,19 +176,11 @@ def _optimizer(cell: dict) -> Settings:
     return {key: value for key, value in cell["set"].items() if key.startswith("optimizer.")}
 
 
-def _interval(values: list[float]) -> dict[str, Any]:
-    """Mean and 95 % interval of the mean over seeds."""
-    mean, half = statistics.fmean(values), None
-    if len(values) > 1:
-        half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half_width": half, "values": values}
-
-
 def _paired(mine: list[dict], base: list[dict]) -> dict[str, Any]:
     """Difference of losses seed by seed: same rows, same order, same initial weights."""
     of_seed = {cell["seed"]: cell["validation_loss"] for cell in base}
     gaps = [c["validation_loss"] - of_seed[c["seed"]] for c in mine if c["seed"] in of_seed]
-    return _interval(gaps)
+    return interval(gaps)
 
 
 def _speed_up(mine: list[dict], base: list[dict], twice: list[dict]) -> dict[str, float]:
@@ -212,7 +198,7 @@ def _speed_up(mine: list[dict], base: list[dict], twice: list[dict]) -> dict[str
 
 def _fisher(args: argparse.Namespace, mine: list[dict]) -> dict[str, float] | None:
     """Sharpness of the first seed's weights."""
-    if not args.sharpness:
+    if not (args.sharpness and mine):
         return None
     from jaxlab.evaluation.sharpness import evaluate_sharpness
 
@@ -222,11 +208,23 @@ def _fisher(args: argparse.Namespace, mine: list[dict]) -> dict[str, float] | No
     return {"value": found.fisher_trace, "error": found.fisher_trace_error, "loss": found.loss}
 
 
+def _at_equal_loss(traces: dict[str, dict | None], name: str) -> float | None:
+    """AdamW's trace where its loss is this row's: log-linear between its two schedule lengths.
+
+    The losses are those of the rows that the traces were measured on.
+    """
+    mine, base, twice = traces[name], traces[ADAMW], traces[TWICE]
+    if mine is None:
+        return None
+    place = (mine["loss"] - base["loss"]) / (twice["loss"] - base["loss"])
+    return base["value"] * (twice["value"] / base["value"]) ** place
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Differences to AdamW at the same steps, with their intervals."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in report["table"] if row["row"] != ADAMW]
+    rows = [r for r in report["table"] if r["row"] not in (ADAMW, TWICE) and "over_adamw" in r]
     figure = Figure(figsize=(7.0, 0.45 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(reversed(rows)):
@@ -242,11 +240,21 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def _print(report: dict[str, Any]) -> None:
     for row in report["table"]:
-        gap, speed, trace = row["over_adamw"], row["speed_up"], row["fisher_trace"]
+        if "over_adamw" not in row:
+            print(f"{row['row']:<34} diverged")
+            continue
+        gap, speed = row["over_adamw"], row["speed_up"]
         text = f"{row['row']:<34} {row['validation_loss']['mean']:.4f}  {gap['mean']:+.4f}"
         text += f" ± {gap['half_width']:.4f}" if gap["half_width"] is not None else ""
         text += f"  x{speed['steps']:.2f} steps, x{speed['seconds']:.2f} time" if speed else ""
-        print(text + (f"  tr F {trace['value']:.1f}" if trace else ""))
+        print(text + _trace(row))
+
+
+def _trace(row: dict[str, Any]) -> str:
+    if row["fisher_trace"] is None:
+        return ""
+    value, at_equal = row["fisher_trace"]["value"], row["adamw_trace_at_this_loss"]
+    return f"  tr F {value:.1f}, AdamW's at this loss {at_equal:.1f}"
 
 
 def main() -> None:

@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--over", action="append", required=True, metavar="KEY=a,b,c", help=several)
     sweep.add_argument("--json", required=True, metavar="FILE", help="results; a plot goes beside")
     sweep.add_argument("--out", metavar="DIR", help="the runs (FILE without its ending)")
+    text = "runs at once, each with its share of the cores (%(default)s)"
+    sweep.add_argument("--workers", type=_positive, default=1, metavar="N", help=text)
 
     _memory_commands(commands, command, source)
 
@@ -200,6 +202,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         json_file=Path(arguments.json),
         out=arguments.out and Path(arguments.out),
         overrides=arguments.set,
+        workers=arguments.workers,
     )
 
 

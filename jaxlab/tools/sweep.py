@@ -1,13 +1,16 @@
-"""Train every combination of some values, one process after the other, and compare the ends."""
+"""Train every combination of some values, each in a process of its own, and compare the ends."""
 
 import dataclasses
 import itertools
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,7 @@ def run_sweep(
     json_file: Path,
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train all cells, write ``json_file`` after each, a plot beside it, and print a table.
@@ -83,11 +87,9 @@ def run_sweep(
     if out == json_file:
         raise ConfigError(f"--json {json_file}: give the file an ending, such as {json_file}.json")
     cells = cells_of(over)
-    # Every mistake is found now and not hours later.
-    hashes = [identity_hash(load_config(config, [*overrides, *c.overrides])) for c in cells]
     rows = []
-    for number, (cell, expected) in enumerate(zip(cells, hashes, strict=True), start=1):
-        row = run_cell(config, cell, out=out, overrides=overrides, identity=expected)
+    found = run_cells(config, cells, out=out, overrides=overrides, workers=workers)
+    for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
         rows.append(row)
         result = _result(config, over, overrides, rows)
         write_json(json_file, result)
@@ -99,6 +101,44 @@ def run_sweep(
     plot = plot_sweep(result, json_file.with_suffix(".png"), metric=_METRIC)
     report(f"{json_file}  {plot}")
     return result
+
+
+def run_cells(
+    config: str,
+    cells: Sequence[Cell],
+    *,
+    out: Path,
+    overrides: Sequence[str] = (),
+    workers: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """The results of cells in their order, ``workers`` at once, each with its share of the cores.
+
+    Raises as ``run_sweep`` does; what already runs beside a cell that fails is waited for and kept.
+    """
+    # Every mistake is found now and not hours later.
+    hashes = [identity_hash(load_config(config, [*overrides, *c.overrides])) for c in cells]
+
+    def one(cell: Cell, identity: str) -> dict[str, Any]:
+        return run_cell(config, cell, out=out, overrides=overrides, identity=identity)
+
+    shares = iter(_shares_of_cores(workers))
+    # A child inherits the cores of the thread that starts it.
+    pool = ThreadPoolExecutor(workers, initializer=lambda: _use_cores(next(shares)))
+    try:
+        yield from pool.map(one, cells, hashes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _shares_of_cores(workers: int) -> list[set[int]]:
+    """Disjoint sets of this process's cores where there are enough of them, else all for each."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[n::workers] if len(cores) >= workers else cores) for n in range(workers)]
+
+
+def _use_cores(cores: set[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)
 
 
 def run_cell(
@@ -146,6 +186,17 @@ def last_numbers(run: Path) -> dict[str, float]:
     numbers = {k: v for k, v in last.items() if isinstance(v, float)}
     losses = [line["loss"] for line in lines if "loss" in line][-_LAST_STEPS:]
     return {**numbers, "training_loss": statistics.fmean(losses)} if losses else numbers
+
+
+def interval(values: Sequence[float], *, level: float = 0.95) -> dict[str, Any]:
+    """Mean over seeds and half the width of its Student-t interval (None for one seed)."""
+    half = None
+    if len(values) > 1:
+        from scipy.stats import t
+
+        quantile = t.ppf((1 + level) / 2, len(values) - 1)
+        half = float(quantile) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half_width": half, "values": list(values)}
 
 
 def _result(config: str, over, overrides, rows: list[dict]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Laws of a sweep: every combination once, nothing twice, divergence is a result."""
 
 import json
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 
 from jaxlab.errors import ConfigError
 from jaxlab.tools import sweep
-from jaxlab.tools.sweep import SweepError, cells_of, run_sweep
+from jaxlab.tools.sweep import SweepError, cells_of, interval, run_sweep
 from jaxlab.training.guards import NotFiniteError
 
 CONFIG = """
@@ -120,3 +122,29 @@ def test_every_cell_is_checked_before_the_first_is_trained(trainer, config, tmp_
     with pytest.raises(ConfigError, match="must be positive"):
         run(config, tmp_path, "optimizer.learning_rate=0.3,-1")
     assert trainer.commands == [] and not (tmp_path / "out").exists()
+
+
+def test_workers_train_at_once_on_cores_of_their_own_and_rows_keep_their_order(
+    trainer, config, tmp_path, monkeypatch
+):
+    at_once, cores = threading.Barrier(2, timeout=30), set()
+
+    def together(command, **kwargs):
+        at_once.wait()  # broken, and with it the sweep, if one waits for the other
+        cores.add(frozenset(os.sched_getaffinity(0)))
+        return trainer(command, **kwargs)
+
+    monkeypatch.setattr(sweep.subprocess, "run", together)
+    before = os.sched_getaffinity(0)
+    result, _ = run(config, tmp_path, "optimizer.learning_rate=0.4,0.3,0.2,0.1", workers=2)
+    losses = [row["validation_loss"] for row in result["rows"]]
+    assert losses == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    if len(before) > 1:
+        assert len(cores) == 2 and not frozenset.intersection(*cores)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_the_interval_is_students():
+    found = interval([1.0, 2.0, 3.0])
+    assert found["mean"] == 2.0 and found["half_width"] == pytest.approx(4.302653 / 3**0.5)
+    assert interval([1.5])["half_width"] is None

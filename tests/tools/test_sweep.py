@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,8 +46,13 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch) -> Trainer:
     fake = Trainer()
-    monkeypatch.setattr(sweep.subprocess, "run", fake)
+    replace_run(monkeypatch, fake)
     return fake
+
+
+def replace_run(monkeypatch, run) -> None:
+    """In the sweep alone: matplotlib starts processes of its own when it first looks for fonts."""
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
 
 @pytest.fixture
@@ -134,7 +140,7 @@ def test_workers_train_at_once_on_cores_of_their_own_and_rows_keep_their_order(
         cores.add(frozenset(os.sched_getaffinity(0)))
         return trainer(command, **kwargs)
 
-    monkeypatch.setattr(sweep.subprocess, "run", together)
+    replace_run(monkeypatch, together)
     before = os.sched_getaffinity(0)
     result, _ = run(config, tmp_path, "optimizer.learning_rate=0.4,0.3,0.2,0.1", workers=2)
     losses = [row["validation_loss"] for row in result["rows"]]

@@ -27,7 +27,7 @@ from jaxlab.training.metrics import read_metrics
 CONFIG = "configs/llama_ire_small.yaml"
 ADAMW, TWICE, IRE, RANDOM = "AdamW", "AdamW, twice the steps", "AdamW + IRE", "AdamW + random mask"
 LARGER = "AdamW, rate x (1 + kappa gamma)"
-RATES = ("7e-4", "1e-3", "1.4e-3")
+RATES = ("7e-4", "1e-3", "1.4e-3", "2e-3")
 GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
 # Rows that a reader will compare, each with rates of its own.
 PEERS = {

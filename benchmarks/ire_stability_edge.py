@@ -265,15 +265,28 @@ def plot(cells: list[dict], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     colours = {"all": "#3b4252", "random": "#c26a3d", "single-draw": "#4c78a8"}
     colours["per-example"] = "#2a7f62"
-    for cell in (c for c in cells if c["table"] == "edge" and not c["diverged"]):
-        point = cell["train_loss"]["mean"], cell["fisher_trace"]["mean"]
-        left.errorbar(
-            *point, yerr=cell["fisher_trace"]["std"], fmt="o", color=colours[cell["mask"]]
-        )
-        text = cell["name"].removeprefix("SGD ")
-        left.annotate(text, point, xytext=(4, 4), textcoords="offset points", fontsize=6)
+    labels = {"all": "no mask: the rate", "random": "random mask"}
+    for mask, colour in colours.items():
+        for cell in cells:
+            if (cell["table"], cell["mask"], cell["diverged"]) != ("edge", mask, 0):
+                continue
+            point = cell["train_loss"]["mean"], cell["fisher_trace"]["mean"]
+            left.errorbar(
+                *point,
+                yerr=cell["fisher_trace"]["std"],
+                fmt="o" if cell["gamma"] == 0.8 or mask == "all" else "s",
+                markersize=4 + 1.2 * cell["kappa"],
+                color=colour,
+                alpha=0.7,
+                label=labels.get(mask, f"mask of curvature, {mask}"),
+            )
+    handles, names = left.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    left.legend(once.values(), once.keys(), frameon=False, fontsize=7, loc="upper right")
     left.set(xlabel="training loss (nats)", ylabel="trace of the Fisher matrix")
-    left.set_title("near the edge: rows of which no seed diverges")
+    left.set_title(
+        "near the edge, no seed diverging\n(size: kappa; circle gamma 0.8, square 0.6)", fontsize=9
+    )
     small = [c for c in cells if c["table"] == "small"]
     lines: dict[str, list] = {}
     for cell in small:
@@ -284,12 +297,14 @@ def plot(cells: list[dict], path: Path) -> None:
         lines.setdefault(name, []).append((cell["kappa"], cell["fisher_trace"]["mean"]))
     for name, points in lines.items():
         start = [p for key, (p, *_) in lines.items() if key == f"{name[:3]} larger rate"]
+        if len(points) == 1:
+            continue  # no row but the base itself
         x, y = zip(*sorted({*points, *start}), strict=True)
         right.plot(x, y, "o-", markersize=3, label=name)
     if lines:
         right.legend(frameon=False, fontsize=7)
     right.set(xlabel="kappa", ylabel="trace of the Fisher matrix")
-    right.set_title("rate 0.1: anything larger lowers the trace")
+    right.set_title("rate 0.1: anything larger lowers the trace", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -189,6 +189,13 @@ class Checkpoints:
         agree(None)
 
 
+def split_location(location: str | Path) -> tuple[str, str]:
+    """Run directory and label of ``RUN@LABEL``; the label of ``RUN`` is empty."""
+    text = str(location)
+    run, _, label = text.rpartition("@") if "@" in Path(text).name else (text, "", "")
+    return run, label
+
+
 def read_weights(location: str, template: PyTree, *, warn: Callable[[str], None] = print) -> PyTree:
     """The part of a saved state that ``template`` names, from another run, which stays untouched.
 
@@ -196,7 +203,7 @@ def read_weights(location: str, template: PyTree, *, warn: Callable[[str], None]
     as ``{"params": ..., "opt_state": ...}`` the template ``{"params": ...}`` reads the weights.
     Raises CheckpointError when there is no such checkpoint or it holds other arrays.
     """
-    run, _, label = location.rpartition("@") if "@" in Path(location).name else (location, "", "")
+    run, label = split_location(location)
     root = Path(run) / "checkpoints"
     entries = [entry for entry in _entries(root) if not label or entry.label == label]
     for entry in reversed(entries):

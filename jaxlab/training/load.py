@@ -18,7 +18,7 @@ from jaxlab.data.tokenizer import Tokenizer
 from jaxlab.errors import ConfigError, DataError
 from jaxlab.memory.header import BankIdentity
 from jaxlab.models.decoder import Prefix, abstract_decoder, context_start, encode_preface
-from jaxlab.training.checkpoint import read_weights
+from jaxlab.training.checkpoint import read_weights, split_location
 from jaxlab.training.corpus import load_tokenizer
 from jaxlab.training.loop import load_run
 
@@ -108,7 +108,7 @@ def load_model(location: str | Path, *, warn: Callable[[str], None] = print) -> 
     Raises CheckpointError when there are none, DataError when the tokenizer is another one.
     """
     location = str(location)
-    run = location.rpartition("@")[0] if "@" in Path(location).name else location
+    run, _ = split_location(location)
     config = load_run(run)
     tokenizer = load_tokenizer(run)
     if tokenizer.vocab_size > config.model.vocab_size:

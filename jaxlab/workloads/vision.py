@@ -16,11 +16,11 @@ from jaxlab.config import identity, identity_hash, load_config, save_yaml
 from jaxlab.data.images import ImageData, batches_in_order, load_images
 from jaxlab.data.pipeline import RandomAccess, Sample, training_iterator
 from jaxlab.errors import CheckpointError, ConfigError
-from jaxlab.evaluation.sharpness import Problem, classification_problem
+from jaxlab.evaluation.problems import Problem, classification_problem
 from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
-from jaxlab.training.checkpoint import Checkpoints, read_weights
+from jaxlab.training.checkpoint import Checkpoints, read_weights, split_location
 from jaxlab.training.guards import InterruptGuard
 from jaxlab.training.loop import CONFIG_FILE, TrainResult
 from jaxlab.training.metrics import Goodput, MetricsWriter
@@ -258,8 +258,7 @@ def load_vision(run: str | Path, *, warn: Callable[[str], None] = print) -> Load
 
     Raises CheckpointError when there are none, DataError when the images are gone.
     """
-    location = str(run)
-    folder = location.rpartition("@")[0] if "@" in Path(location).name else location
+    folder, _ = split_location(run)
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{run}: is not a run directory (it has no {CONFIG_FILE}); train one")
@@ -270,7 +269,7 @@ def load_vision(run: str | Path, *, warn: Callable[[str], None] = print) -> Load
     model = vision_model(config, len(data.classes))
     _, params, statistics = model.abstract()
     template = {"params": params, "statistics": statistics}
-    weights = read_weights(location, template, warn=warn)
+    weights = read_weights(str(run), template, warn=warn)
     return LoadedVision(config, model, data, weights["params"], weights["statistics"])
 
 

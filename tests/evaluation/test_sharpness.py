@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxlab.errors import ConfigError
 from jaxlab.evaluation import sharpness
+from jaxlab.evaluation.problems import classification_problem, next_token_problem
 from jaxlab.evaluation.sharpness import fisher_trace, hessian_trace, top_eigenvalues
 from tests.models.tiny import random_tokens, tiny_config, tiny_decoder
 
@@ -35,7 +36,7 @@ def split(*sizes):
     return [(INPUTS[e - s : e], LABELS[e - s : e]) for s, e in zip(sizes, ends, strict=True)]
 
 
-PROBLEM = sharpness.classification_problem(PARAMS, logits, split(12))
+PROBLEM = classification_problem(PARAMS, logits, split(12))
 loss, sampled_loss = PROBLEM.loss_fn, PROBLEM.sampled_loss
 
 
@@ -169,7 +170,7 @@ def text():
     """The problem of a tiny decoder in two batches, the last of them partly blank."""
     params = nnx.to_pure_dict(nnx.split(tiny_decoder(SMALL))[1])
     config = dataclasses.replace(SMALL, compute_dtype="bfloat16")
-    return sharpness.next_token_problem(config, params, *tokens_and_mask(), bos_id=1)
+    return next_token_problem(config, params, *tokens_and_mask(), bos_id=1)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ RATES = ("7e-4", "1e-3", "1.4e-3", "2e-3")
 GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
 # Rows that a reader will compare, each with rates of its own.
 PEERS = {
-    "AdamW, blockwise rates": ({"optimizer.blockwise": "{}"}, ("2.5e-4", "5e-4")),
+    "AdamW, blockwise rates": ({"optimizer.blockwise": "{}"}, ("1.25e-4", "2.5e-4", "5e-4")),
     "Muon": ({"optimizer.name": "muon", "optimizer.momentum": "0.95"}, ("2e-3", "4e-3")),
     "LITE on Muon": ({"optimizer.name": "lite-muon", "optimizer.momentum": "0.95"}, ("2e-3",)),
 }

@@ -4,8 +4,9 @@
 
 AdamW is swept over the learning rate at two schedule lengths, then IRE over (kappa, gamma) at the
 shorter one and AdamW's best rate, as the paper does (arXiv 2405.20763, §4.3). Controls: a random
-mask of equal density, AdamW with the rate times 1 + kappa gamma, and as further rows blockwise
-rates, Muon and LITE, each with a sweep of its own. The best cell of each row gets the other seeds.
+mask of equal density, AdamW with the rate times 1 + kappa gamma, and as further rows IRE with the
+curvature averaged over refreshes, IRE on Muon, blockwise rates, Muon and LITE, each with a sweep of
+its own. The best cells of the rows near each other get the other seeds.
 All cells are runs of configs/llama_ire_small.yaml, one to a core and as many at once as --workers
 says; what is done is not done again.
 """
@@ -27,6 +28,9 @@ from jaxlab.training.metrics import read_metrics
 CONFIG = "configs/llama_ire_small.yaml"
 ADAMW, TWICE, IRE, RANDOM = "AdamW", "AdamW, twice the steps", "AdamW + IRE", "AdamW + random mask"
 LARGER = "AdamW, rate x (1 + kappa gamma)"
+# Squares averaged over about twenty refreshes: what IRE gives where its mask is less of a draw.
+AVERAGED, DECAY = "AdamW + IRE, averaged curvature", "0.95"
+ON_MUON = "Muon + IRE"
 RATES = ("7e-4", "1e-3", "1.4e-3", "2e-3")
 GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
 # Rows that a reader will compare, each with rates of its own.
@@ -36,7 +40,7 @@ PEERS = {
     "LITE on Muon": ({"optimizer.name": "lite-muon", "optimizer.momentum": "0.95"}, ("2e-3",)),
 }
 # Rows near enough to each other that one seed would not tell them apart.
-SEVERAL_SEEDS = (ADAMW, IRE, "Muon", "AdamW, blockwise rates")
+SEVERAL_SEEDS = (ADAMW, IRE, AVERAGED, "Muon", ON_MUON, "AdamW, blockwise rates")
 Settings = dict[str, str]
 
 
@@ -120,7 +124,12 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         mask = {"optimizer.ire.kappa": f"{kappa:g}", "optimizer.ire.gamma": f"{gamma:g}"}
         return {"optimizer.learning_rate": rate, **mask, **more}
 
-    study.run([(IRE, ire(*pair), steps) for pair in GRID], seed=first)
+    averaged = {"optimizer.ire.curvature_decay": DECAY}
+    wanted = [(IRE, ire(*pair), steps) for pair in GRID]
+    wanted += [(AVERAGED, ire(*pair, **averaged), steps) for pair in GRID]
+    muon = {key: value for key, value in study.best("Muon").items() if key != "optimizer.ire"}
+    wanted += [(ON_MUON, {**ire(*pair), **muon}, steps) for pair in GRID[:2]]
+    study.run(wanted, seed=first)
     chosen = study.best(IRE)
     kappa, gamma = (float(chosen[f"optimizer.ire.{key}"]) for key in ("kappa", "gamma"))
     larger = f"{float(rate) * (1 + kappa * gamma):.3g}"

@@ -4,11 +4,11 @@
 
 AdamW is swept over the learning rate at two schedule lengths, then IRE over (kappa, gamma) at the
 shorter one and AdamW's best rate, as the paper does (arXiv 2405.20763, §4.3). Controls: a random
-mask of equal density, AdamW with the rate times 1 + kappa gamma, and as further rows IRE with the
-curvature averaged over refreshes, IRE on Muon, blockwise rates, Muon and LITE, each with a sweep of
-its own. The best cells of the rows near each other get the other seeds.
-All cells are runs of configs/llama_ire_small.yaml, one to a core and as many at once as --workers
-says; what is done is not done again.
+mask of equal density, AdamW with the rate times 1 + kappa gamma. Further rows: IRE with the
+curvature averaged over refreshes or a threshold per tensor, and on Muon; blockwise rates, Muon and
+LITE, each with a sweep of its own. The best cells of rows near each other get the other seeds. All
+cells are runs of configs/llama_ire_small.yaml, one to a core and as many at once as --workers says;
+what is done is not done again.
 """
 
 import argparse
@@ -31,6 +31,8 @@ LARGER = "AdamW, rate x (1 + kappa gamma)"
 # Squares averaged over about twenty refreshes: what IRE gives where its mask is less of a draw.
 AVERAGED, DECAY = "AdamW + IRE, averaged curvature", "0.95"
 ON_MUON = "Muon + IRE"
+# The same share of every tensor: where the global threshold boosts some blocks more than others.
+PER_TENSOR = "AdamW + IRE, a threshold per tensor"
 RATES = ("7e-4", "1e-3", "1.4e-3", "2e-3")
 GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
 # Rows that a reader will compare, each with rates of its own.
@@ -128,6 +130,8 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
     wanted = [(IRE, ire(*pair), steps) for pair in GRID]
     wanted += [(AVERAGED, ire(*pair, **averaged), steps) for pair in GRID]
     muon = {key: value for key, value in study.best("Muon").items() if key != "optimizer.ire"}
+    scoped = {"optimizer.ire.scope": "tensor"}
+    wanted += [(PER_TENSOR, ire(*pair, **scoped), steps) for pair in GRID[:2]]
     wanted += [(ON_MUON, {**ire(*pair), **muon}, steps) for pair in GRID[:2]]
     study.run(wanted, seed=first)
     chosen = study.best(IRE)

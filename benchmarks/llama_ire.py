@@ -5,10 +5,10 @@
 AdamW is swept over the learning rate at two schedule lengths, then IRE over (kappa, gamma) at the
 shorter one and AdamW's best rate, as the paper does (arXiv 2405.20763, §4.3). Controls: a random
 mask of equal density, AdamW with the rate times 1 + kappa gamma. Further rows: IRE with the
-curvature averaged over refreshes or a threshold per tensor, and on Muon; blockwise rates, Muon and
-LITE, each with a sweep of its own. The best cells of rows near each other get the other seeds. All
-cells are runs of configs/llama_ire_small.yaml, one to a core and as many at once as --workers says;
-what is done is not done again.
+curvature averaged over refreshes or a threshold per tensor, and on Muon with its control; blockwise
+rates, Muon and LITE, each with a sweep of its own. The best cells of rows near each other get the
+other seeds. All cells are runs of configs/llama_ire_small.yaml, one to a core and as many at once
+as --workers says; what is done is not done again.
 """
 
 import argparse
@@ -28,21 +28,22 @@ from jaxlab.training.metrics import read_metrics
 CONFIG = "configs/llama_ire_small.yaml"
 ADAMW, TWICE, IRE, RANDOM = "AdamW", "AdamW, twice the steps", "AdamW + IRE", "AdamW + random mask"
 LARGER = "AdamW, rate x (1 + kappa gamma)"
+MUON, ON_MUON, RANDOM_ON_MUON = "Muon", "Muon + IRE", "Muon + random mask"
+BLOCKWISE = "AdamW, blockwise rates"
 # Squares averaged over about twenty refreshes: what IRE gives where its mask is less of a draw.
 AVERAGED, DECAY = "AdamW + IRE, averaged curvature", "0.95"
-ON_MUON = "Muon + IRE"
 # The same share of every tensor: where the global threshold boosts some blocks more than others.
 PER_TENSOR = "AdamW + IRE, a threshold per tensor"
 RATES = ("7e-4", "1e-3", "1.4e-3", "2e-3")
 GRID = ((1.0, 0.6), (2.0, 0.6), (4.0, 0.6), (2.0, 0.8))
 # Rows that a reader will compare, each with rates of its own.
 PEERS = {
-    "AdamW, blockwise rates": ({"optimizer.blockwise": "{}"}, ("1.25e-4", "2.5e-4", "5e-4")),
-    "Muon": ({"optimizer.name": "muon", "optimizer.momentum": "0.95"}, ("2e-3", "4e-3")),
+    BLOCKWISE: ({"optimizer.blockwise": "{}"}, ("1.25e-4", "2.5e-4", "5e-4")),
+    MUON: ({"optimizer.name": "muon", "optimizer.momentum": "0.95"}, ("2e-3", "4e-3")),
     "LITE on Muon": ({"optimizer.name": "lite-muon", "optimizer.momentum": "0.95"}, ("2e-3",)),
 }
 # Rows near enough to each other that one seed would not tell them apart.
-SEVERAL_SEEDS = (ADAMW, IRE, AVERAGED, "Muon", ON_MUON, "AdamW, blockwise rates")
+SEVERAL_SEEDS = (ADAMW, IRE, AVERAGED, RANDOM, MUON, ON_MUON, RANDOM_ON_MUON, BLOCKWISE)
 Settings = dict[str, str]
 
 
@@ -120,35 +121,40 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         wanted += [(name, one, steps) for one in at(rates, {**plain, **settings})]
     study.run(wanted, seed=first)
 
-    rate = study.best(ADAMW)["optimizer.learning_rate"]
-
-    def ire(kappa: float, gamma: float, **more: str) -> Settings:
-        mask = {"optimizer.ire.kappa": f"{kappa:g}", "optimizer.ire.gamma": f"{gamma:g}"}
-        return {"optimizer.learning_rate": rate, **mask, **more}
-
-    averaged = {"optimizer.ire.curvature_decay": DECAY}
-    wanted = [(IRE, ire(*pair), steps) for pair in GRID]
-    wanted += [(AVERAGED, ire(*pair, **averaged), steps) for pair in GRID]
-    muon = {key: value for key, value in study.best("Muon").items() if key != "optimizer.ire"}
-    scoped = {"optimizer.ire.scope": "tensor"}
-    wanted += [(PER_TENSOR, ire(*pair, **scoped), steps) for pair in GRID[:2]]
-    wanted += [(ON_MUON, {**ire(*pair), **muon}, steps) for pair in GRID[:2]]
-    study.run(wanted, seed=first)
-    chosen = study.best(IRE)
-    kappa, gamma = (float(chosen[f"optimizer.ire.{key}"]) for key in ("kappa", "gamma"))
-    larger = f"{float(rate) * (1 + kappa * gamma):.3g}"
-    wanted = [(RANDOM, ire(kappa, gamma, **{"optimizer.ire.curvature": "random"}), steps)]
-    wanted += [(LARGER, one, steps) for one in at((larger,), plain)]
-    study.run(wanted, seed=first)
-
+    _boosted(study, steps, first)
     for seed in args.seeds[1:]:
         study.run([(row, study.best(row), steps) for row in SEVERAL_SEEDS], seed=seed)
     return summarise(study, args)
 
 
+def _boosted(study: Study, steps: int, seed: int) -> None:
+    """IRE at its bases' best rates, then the controls of its best cells."""
+    rate = study.best(ADAMW)["optimizer.learning_rate"]
+    muon = {key: value for key, value in study.best(MUON).items() if key != "optimizer.ire"}
+
+    def ire(kappa: float, gamma: float, **more: str) -> Settings:
+        mask = {"kappa": f"{kappa:g}", "gamma": f"{gamma:g}", **more}
+        settings = {f"optimizer.ire.{key}": value for key, value in mask.items()}
+        return {"optimizer.learning_rate": rate, **settings}
+
+    wanted = [(IRE, ire(*pair), steps) for pair in GRID]
+    wanted += [(AVERAGED, ire(*pair, curvature_decay=DECAY), steps) for pair in GRID]
+    wanted += [(PER_TENSOR, ire(*pair, scope="tensor"), steps) for pair in GRID[:2]]
+    wanted += [(ON_MUON, {**ire(*pair), **muon}, steps) for pair in GRID[:2]]
+    study.run(wanted, seed=seed)
+
+    chosen, random = study.best(IRE), {"optimizer.ire.curvature": "random"}
+    kappa, gamma = (float(chosen[f"optimizer.ire.{key}"]) for key in ("kappa", "gamma"))
+    larger = f"{float(rate) * (1 + kappa * gamma):.3g}"
+    wanted = [(RANDOM, {**chosen, **random}, steps)]
+    wanted += [(LARGER, {"optimizer.learning_rate": larger, "optimizer.ire": "null"}, steps)]
+    wanted += [(RANDOM_ON_MUON, {**study.best(ON_MUON), **random}, steps)]
+    study.run(wanted, seed=seed)
+
+
 def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Rows at their best settings: losses, differences by seed, speed-ups, sharpness."""
-    base, twice = (_at_best(study.rows[name]) for name in (ADAMW, TWICE))
+    base, twice, muon = (_at_best(study.rows[name]) for name in (ADAMW, TWICE, MUON))
     traces = {name: _fisher(args, _at_best(cells)) for name, cells in study.rows.items()}
     table = []
     for name, cells in study.rows.items():
@@ -161,6 +167,7 @@ def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
             "set": _optimizer(mine[0]),
             "validation_loss": interval([c["validation_loss"] for c in mine]),
             "over_adamw": _paired(mine, base),
+            "over_muon": _paired(mine, muon) if name in (ON_MUON, RANDOM_ON_MUON) else None,
             "steps": mine[0]["steps"],
             "tokens_per_second": statistics.fmean(c["tokens_per_second"] for c in mine),
             "speed_up": None if name == TWICE else _speed_up(mine, base, twice),

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxlab.evaluation.sharpness import evaluate_sharpness
+from jaxlab.evaluation.sharpness import evaluate_fisher_trace
 from jaxlab.tools.output import machine, write_json
 from jaxlab.tools.sweep import Cell, interval, run_cells
 
@@ -82,11 +82,10 @@ def run(
         if result["status"] != "done":
             print(name, seed, result["status"], flush=True)
             continue
-        sharpness = evaluate_sharpness(
-            args.out / cell.name, examples=args.trace_images, draws=4, report=lambda _: None
-        )
-        entry |= {"fisher_trace": sharpness.fisher_trace, "clean_loss": sharpness.loss}
-        entry["fisher_trace_error"] = sharpness.fisher_trace_error
+        run_dir = args.out / cell.name
+        trace, loss = evaluate_fisher_trace(run_dir, examples=args.trace_images, draws=8)
+        entry |= {"fisher_trace": trace.value, "fisher_trace_error": trace.error}
+        entry["clean_loss"] = loss
         print(
             f"{name}, seed {seed}: accuracy {entry['accuracy']:.4f}, trace "
             f"{entry['fisher_trace']:.1f} ± {entry['fisher_trace_error']:.1f}",

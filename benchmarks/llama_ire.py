@@ -21,6 +21,7 @@ from typing import Any
 from jaxlab.config import load_config
 from jaxlab.data.sources import load_documents, split_documents
 from jaxlab.data.tokenizer import train_tokenizer
+from jaxlab.evaluation.sharpness import evaluate_fisher_trace
 from jaxlab.tools.output import machine, write_json
 from jaxlab.tools.sweep import Cell, interval, run_cells
 from jaxlab.training.metrics import read_metrics
@@ -220,15 +221,12 @@ def _speed_up(mine: list[dict], base: list[dict], twice: list[dict]) -> dict[str
 
 
 def _fisher(args: argparse.Namespace, mine: list[dict]) -> dict[str, float] | None:
-    """Sharpness of the first seed's weights."""
+    """Trace of the first seed's weights."""
     if not (args.sharpness and mine):
         return None
-    from jaxlab.evaluation.sharpness import evaluate_sharpness
-
-    found = evaluate_sharpness(
-        args.out / mine[0]["run"], examples=args.sharpness, draws=4, report=lambda _: None
-    )
-    return {"value": found.fisher_trace, "error": found.fisher_trace_error, "loss": found.loss}
+    run = args.out / mine[0]["run"]
+    trace, loss = evaluate_fisher_trace(run, examples=args.sharpness, draws=8)
+    return {"value": trace.value, "error": trace.error, "loss": loss}
 
 
 def _at_equal_loss(traces: dict[str, dict | None], name: str) -> float | None:

@@ -265,9 +265,29 @@ def measure_sharpness(
         hessian_trace_error=hessian.error,
         top_eigenvalues=spectrum.values,
         top_eigenvalue_residuals=spectrum.residuals,
-        loss=sum(float(_value(problem.loss_fn, params, *batch)) for batch in batches) / n,
+        loss=mean_loss(problem),
         n=n,
     )
+
+
+def mean_loss(problem: Problem) -> float:
+    """The loss at the problem's parameters, nats a prediction."""
+    values = (_value(problem.loss_fn, problem.params, *batch) for batch in problem.batches)
+    return sum(map(float, values)) / problem.n
+
+
+def evaluate_fisher_trace(
+    run: str | Path, *, examples: int, draws: int, seed: int = 0
+) -> tuple[Estimate, float]:
+    """Trace of the Fisher matrix of a run, and the loss there: a fraction of the time of all.
+
+    Examples, draws and errors are those of :func:`evaluate_sharpness`.
+    """
+    problem = _problem(run, examples=examples, report=lambda _: None)
+    labels, _, _ = jax.random.split(jax.random.key(seed), 3)
+    over = dict(batches=problem.batches, n=problem.n)
+    found = fisher_trace(problem.sampled_loss, problem.params, labels, draws=draws, **over)
+    return found, mean_loss(problem)
 
 
 def evaluate_sharpness(
@@ -294,13 +314,17 @@ def evaluate_sharpness(
         raise ConfigError(
             f"eigenvalues is {eigenvalues}: it must be 1 to {iterations}, the iterations"
         )
+    problem = _problem(run, examples=examples, report=report)
+    return measure_sharpness(
+        problem, draws=draws, eigenvalues=eigenvalues, iterations=iterations, seed=seed
+    )
+
+
+def _problem(run: str | Path, *, examples: int | None, report: Callable[[str], None]) -> Problem:
+    """The loss of a run, text or images."""
     written = Path(split_location(run)[0]) / CONFIG_FILE
     if written.is_file() and load_config(written).workload == "vision":
         from jaxlab.workloads.vision import vision_problem
 
-        problem = vision_problem(run, examples=examples or _IMAGES, warn=report)
-    else:
-        problem = language_problem(run, examples=examples or _TEXT_ROWS, report=report)
-    return measure_sharpness(
-        problem, draws=draws, eigenvalues=eigenvalues, iterations=iterations, seed=seed
-    )
+        return vision_problem(run, examples=examples or _IMAGES, warn=report)
+    return language_problem(run, examples=examples or _TEXT_ROWS, report=report)

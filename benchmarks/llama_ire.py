@@ -255,7 +255,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         )
     axes.set_yticks(range(len(rows)), [row["row"] for row in reversed(rows)])
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("validation loss minus tuned AdamW's at the same steps, nats a token")
+    axes.set_xlabel("validation loss minus AdamW's, nats a token")
     figure.savefig(path, dpi=120)
 
 

@@ -228,3 +228,13 @@ def test_a_language_model_is_measured_as_its_dense_matrices_are(text, dense_text
 def test_settings_that_cannot_be_are_errors_before_anything_is_read(settings, message):
     with pytest.raises(ConfigError, match=message):
         sharpness.evaluate_sharpness("nowhere", **settings)
+
+
+def test_the_fisher_trace_alone_is_that_of_the_whole_measurement(monkeypatch):
+    monkeypatch.setattr(sharpness, "_problem", lambda *_, **__: PROBLEM)
+    whole = sharpness.evaluate_sharpness("run", draws=4, iterations=2, seed=3)
+    trace, value = sharpness.evaluate_fisher_trace("run", examples=12, draws=4, seed=3)
+    assert (trace.value, trace.error) == (whole.fisher_trace, whole.fisher_trace_error)
+    assert value == whole.loss
+    other, _ = sharpness.evaluate_fisher_trace("run", examples=12, draws=4, seed=4)
+    assert other.value != trace.value

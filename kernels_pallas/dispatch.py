@@ -12,17 +12,19 @@ import jax
 
 log = logging.getLogger(__name__)
 
-_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar(
+    "target", default=None
+)
 
 
 @contextlib.contextmanager
-def lowering_for(platform: str) -> Iterator[None]:
+def lowering_for(platform: str, chip: str = "") -> Iterator[None]:
     """Choose implementations for ``platform`` (tpu, gpu, cpu) within: for compiling ahead of time.
 
-    A function that is traced within must not be called afterwards on another platform: the choice
-    is part of the trace.
+    ``chip`` names the kind, such as v5e, whose block sizes are taken. A function that is traced
+    within must not be called afterwards on another platform: the choice is part of the trace.
     """
-    token = _TARGET.set(platform)
+    token = _TARGET.set((platform, chip))
     try:
         yield
     finally:
@@ -31,7 +33,14 @@ def lowering_for(platform: str) -> Iterator[None]:
 
 def target_platform() -> str:
     """The platform that implementations are chosen for: this machine's, unless told otherwise."""
-    return _TARGET.get() or jax.default_backend()
+    target = _TARGET.get()
+    return target[0] if target else jax.default_backend()
+
+
+def target_chip() -> str:
+    """The kind of chip in the words of its maker (v5e, "TPU v5 lite", "NVIDIA H200"), or ""."""
+    target = _TARGET.get()
+    return target[1] if target else jax.devices()[0].device_kind
 
 
 def only_on(platform: str) -> str | None:

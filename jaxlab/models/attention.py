@@ -97,7 +97,7 @@ class Attention(nnx.Module):
             query,
             context.keys,
             context.values,
-            query_index=plan.index,
+            start=plan.index[:, 0],
             preface=preface,
             slots=slots,
             slot_valid=plan.slot_valid if slots is not None else None,

@@ -3,10 +3,11 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_attention import blocked, reference
+from kernels_pallas.memory_attention import blocked, reference, tpu
 from kernels_pallas.memory_attention.reference import ChunkGrid
 
 IMPLEMENTATIONS = (
+    dispatch.Implementation("tpu", tpu.memory_attention, tpu.unsupported),
     dispatch.Implementation("blocked", blocked.memory_attention, blocked.unsupported),
     dispatch.Implementation("xla", reference.memory_attention, dispatch.always_supported),
 )
@@ -40,7 +41,7 @@ def memory_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    query_index: Int[Array, "B T"],
+    start: Int[Array, " B"],
     preface: tuple[Float[Array, "P K H"], Float[Array, "P K H"]] | None = None,
     slots: tuple[Float[Array, "B C M K H"], Float[Array, "B C M K H"]] | None = None,
     slot_valid: Bool[Array, "B C M"] | None = None,
@@ -54,7 +55,8 @@ def memory_attention(
       query: context queries, rotated.
       key: context keys, rotated: those of this call, or a whole decode cache.
       value: context values.
-      query_index: place of each query in the context (0 is ``<s>``); keys up to it are visible.
+      start: place in the context of each sequence's first query (0 is ``<s>``); the others follow
+        it one by one, and each sees the keys up to its own place.
       preface: keys and values of ``<s>Reference:``, visible to every query.
       slots: memory keys and values, one group of M for each chunk.
       slot_valid: False where a slot is empty (short or missing reference).
@@ -68,7 +70,7 @@ def memory_attention(
     """
     _check(query, key, preface, slots, slot_valid, grid)
     kwargs = dict(
-        query_index=query_index,
+        start=start,
         preface=preface,
         slots=slots,
         slot_valid=slot_valid,

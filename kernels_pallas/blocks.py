@@ -7,16 +7,15 @@ import dataclasses
 class AttentionBlocks:
     """How memory attention is cut on a TPU.
 
-    query, key: rows of queries and keys that are held at once; triangle: side of the squares that
-    a causal diagonal is cut into; backward_*: the same for the gradients. lp_scheduler: whether the
-    compiler is asked for its experimental scheduler.
+    query, key: rows of queries and keys that are held at once; backward_query: of queries, for the
+    gradients; triangle: side of the squares that a causal diagonal is cut into; lp_scheduler:
+    whether the compiler is asked for its experimental scheduler, going forward.
     """
 
     query: int = 1024
     key: int = 512
     triangle: int = 128
     backward_query: int = 512
-    backward_key: int = 512
     lp_scheduler: bool = True
     vmem_bytes: int = 100 << 20
 

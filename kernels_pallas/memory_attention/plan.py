@@ -55,7 +55,9 @@ def windows(
         seen, visible = _slots_seen(chunks, slot_valid, grid)
         for part, into in zip(slots, (keys, values), strict=True):
             rows = _take(part.astype(dtype), chunks)
-            into.append(jnp.where(seen[..., None, None], rows.reshape(*seen.shape, *part.shape[3:]), 0))
+            into.append(
+                jnp.where(seen[..., None, None], rows.reshape(*seen.shape, *part.shape[3:]), 0)
+            )
         interval.append(visible)
     filled = sum(part.shape[2] for part in keys)
     padding = -filled % LANES
@@ -132,11 +134,17 @@ def visits(
     whole = (begin + block_k - 1 <= low[..., None]) & (begin + block_k <= keys)
     padded = columns * block_k
     diagonal = (low % block_k == 0) & (low + block_q <= padded) & (low <= high)
+    # Behind the last query a cache may hold anything; padding is zero.
+    ends = start[:, None] + queries
+    diagonal &= (low + block_q <= ends) | (keys <= ends)
     if segments is not None:
         mine, theirs = (
-            _block_range(part, size) for part, size in zip(segments, (block_q, block_k), strict=True)
+            _block_range(part, size)
+            for part, size in zip(segments, (block_q, block_k), strict=True)
         )
-        seen &= (theirs[0][:, None] <= mine[1][..., None]) & (mine[0][..., None] <= theirs[1][:, None])
+        seen &= (theirs[0][:, None] <= mine[1][..., None]) & (
+            mine[0][..., None] <= theirs[1][:, None]
+        )
         one = mine[0] == mine[1]
         same = one[..., None] & (theirs[0] == theirs[1])[:, None]
         same &= theirs[0][:, None] == mine[0][..., None]

@@ -12,7 +12,6 @@ from kernels_pallas.memory_attention import plan
 from kernels_pallas.memory_attention.tpu_backward import backward
 from kernels_pallas.memory_attention.tpu_forward import Tiling, forward
 
-_WINDOW_UNIT = 512  # queries that share a window of slots
 _SUBLANES = 16  # rows of a tile of bfloat16
 
 
@@ -33,7 +32,10 @@ def unsupported(query, key, value, **_) -> str | None:
 
 
 def _block_sizes(queries: int) -> tuple[int, int, int]:
-    """Blocks of queries for forward and backward and of keys: the largest that pad little."""
+    """Blocks of queries for forward and backward and of keys: the largest that pad little.
+
+    The queries of a backward block share a window of slots, in both directions.
+    """
     data = attention_blocks(dispatch.target_chip())
     rows = max(128, 1 << (queries - 1).bit_length())
     forward_rows = min(data.query, rows)
@@ -46,18 +48,17 @@ def _across(x):
     return x.swapaxes(-1, -2)
 
 
-def _kernel_settings(passes: str):
-    data = attention_blocks(dispatch.target_chip())
+def _settings(*, lp_scheduler: bool):
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", passes),
-        vmem_limit_bytes=data.vmem_bytes,
-        flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True} if data.lp_scheduler else None,
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=attention_blocks(dispatch.target_chip()).vmem_bytes,
+        flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True} if lp_scheduler else None,
     )
 
 
-def _tiling(block_q: int, block_k: int, head_dim: int) -> Tiling:
+def _tiling(block_q: int, block_k: int, unit: int, queries: int, head_dim: int) -> Tiling:
     side = min(attention_blocks(dispatch.target_chip()).triangle, block_k)
-    return Tiling(block_q, block_k, min(block_q, _WINDOW_UNIT), side, head_dim)
+    return Tiling(block_q, block_k, unit, side, queries, head_dim)
 
 
 def _table(start, sizes: tuple[int, int, int], block_q: int, block_k: int, segments):
@@ -72,7 +73,7 @@ def _attend(static, query, key, value, window, rest):
 
 
 def _attend_forward(static, query, key, value, window, rest):
-    (block_q, _, block_k), sizes, head_dim = static
+    (block_q, unit, block_k), sizes, head_dim = static
     start, interval, segments = rest
     across = None if window is None else (window[0], _across(window[1]), interval)
     out, lse = forward(
@@ -83,8 +84,8 @@ def _attend_forward(static, query, key, value, window, rest):
         _across(value),
         across,
         _rows(segments),
-        tiling=_tiling(block_q, block_k, head_dim),
-        settings=_kernel_settings("arbitrary"),
+        tiling=_tiling(block_q, block_k, unit, sizes[0], head_dim),
+        settings=_settings(lp_scheduler=attention_blocks(dispatch.target_chip()).lp_scheduler),
     )
     return out, (query, key, value, window, rest, out, lse)
 
@@ -103,8 +104,8 @@ def _attend_backward(static, saved, grad_out):
         _across(grad_out),
         None if window is None else (*window, interval),
         _rows(segments),
-        tiling=_tiling(block_q, block_k, head_dim),
-        settings=_kernel_settings("arbitrary"),
+        tiling=_tiling(block_q, block_k, block_q, sizes[0], head_dim),
+        settings=_settings(lp_scheduler=False),
     )
     if window is not None:
         scaled = grad_window[0] * head_dim**-0.5, grad_window[1]
@@ -133,7 +134,7 @@ def memory_attention(
     batch, queries, heads, head_dim = query.shape
     kv_heads, keys = key.shape[2:0:-1]
     blocks = _block_sizes(queries)
-    unit = min(blocks[0], _WINDOW_UNIT)
+    unit = blocks[1]
     padded = -(-queries // blocks[0]) * blocks[0]
     seen = plan.windows(
         start,

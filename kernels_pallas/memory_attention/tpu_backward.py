@@ -128,7 +128,7 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
     at = (batch * blocks + block) * _TABLE
     first, whole_first, whole_end, end, diagonal = (table[at + n] for n in range(_TABLE))
     low = start[batch] + block * tiling.block_q
-    index = low + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block_q), 1)
+    index = tiling.index(start[batch], block)
     segments = (ref["mine"], ref["theirs"]) if has_segments else None
     sums = ref["key_sums"], ref["value_sums"]
     context = _Context(ref["key"], ref["key_across"], ref["value"], *sums)
@@ -145,9 +145,16 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
         query, grad_out = ref["query"].at[number], ref["grad_out"].at[number]
         head = _Head(tiling, query, grad_out, *statistics, ref["query_sums"])
         ref["query_sums"][...] = jnp.zeros_like(ref["query_sums"])
-        pl.when(diagonal > 0)(lambda: _diagonal(head, context, low))
+
+        # In one region, so that one fills the gaps that the other leaves.
+        @pl.when(diagonal > 0)
+        def _():
+            if has_window:
+                _window(head, ref, index, number == 0)
+            _diagonal(head, context, low)
+
         if has_window:
-            _window(head, ref, index, number == 0)
+            pl.when(diagonal == 0)(lambda: _window(head, ref, index, number == 0))
         _blocks(head, context, first, whole_first, (index, segments))
         _blocks(head, context, whole_first, whole_end)
         _blocks(head, context, whole_end, end, (index, segments))

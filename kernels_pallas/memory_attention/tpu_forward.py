@@ -20,23 +20,33 @@ _LOG2E = math.log2(math.e)
 _NN = (((1,), (0,)), ((), ()))
 _NT = (((1,), (1,)), ((), ()))
 _LEAST = 1e-30
+_WINDOW = ("window_keys", "window_values", "interval")
 _TABLE = 5  # numbers of plan.Visits for each block of queries
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Static sizes of one call: blocks of queries and keys, units of a window, triangle's side."""
+    """Static sizes of one call: blocks of queries and keys, units of a window, triangle's side.
+
+    ``queries`` and ``head_dim`` are those before padding.
+    """
 
     block_q: int
     block_k: int
     unit: int
     triangle: int
+    queries: int
     head_dim: int
 
     @property
     def scale(self) -> float:
         """What raw products are multiplied by to be logits to the base of two."""
         return self.head_dim**-0.5 * _LOG2E
+
+    def index(self, start, block):
+        """Context indices of a block's queries, (1, block_q); padding repeats the last query's."""
+        lanes = jax.lax.broadcasted_iota(jnp.int32, (1, self.block_q), 1)
+        return start + jnp.minimum(block * self.block_q + lanes, self.queries - 1)
 
 
 def dot(x, y, dimensions):
@@ -53,7 +63,7 @@ def _partial_max(scores):
 
 
 class _Head:
-    """One head of one block of queries while its keys go by; all methods emit straight-line code."""
+    """One head of one block of queries while its keys go by; the methods emit straight code."""
 
     def __init__(self, tiling: Tiling, query, maximum, total, sums, scratch):
         self.tiling, self.query = tiling, query
@@ -177,7 +187,7 @@ def cut_mask(block, size: int, index, segments):
 
 
 def _cut(head: _Head, key, value, first, end, index, segments) -> None:
-    """Blocks that the mask cuts; values that no query sees are not multiplied, whatever they are."""
+    """Blocks that the mask cuts; what values hold that no query sees is not multiplied."""
     size, rows, columns = head.tiling.block_k, slice(0, head.tiling.block_k), slice(None)
 
     def step(block, _):
@@ -194,7 +204,7 @@ def _cut(head: _Head, key, value, first, end, index, segments) -> None:
 
 def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments: bool):
     names = ["query", "key", "value"]
-    names += ["window_keys", "window_values", "interval"] * has_window
+    names += list(_WINDOW) * has_window
     names += ["mine", "theirs"] * has_segments
     names += ["out", "lse", "maximum", "total", "sums", "even", "odd", "maxima"]
     ref = dict(zip(names, refs, strict=True))
@@ -202,7 +212,7 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
     at = (batch * pl.num_programs(2) + block) * _TABLE
     first, whole_first, whole_end, end, diagonal = (table[at + n] for n in range(_TABLE))
     low = start[batch] + block * tiling.block_q
-    index = low + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.block_q), 1)
+    index = tiling.index(start[batch], block)
     segments = (ref["mine"], ref["theirs"]) if has_segments else None
     scratch = (ref["even"], ref["odd"])
 
@@ -211,9 +221,17 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
         head = _Head(tiling, query, ref["maximum"], ref["total"], ref["sums"], scratch)
         context = ref["key"], ref["value"]
         head.start()
-        pl.when(diagonal > 0)(lambda: _diagonal(head, *context, low))
+        window = [ref[name] for name in _WINDOW] + [index] if has_window else None
+
+        # In one region, so that one fills the gaps that the other leaves.
+        @pl.when(diagonal > 0)
+        def _():
+            _diagonal(head, *context, low)
+            if has_window:
+                _window(head, *window)
+
         if has_window:
-            _window(head, ref["window_keys"], ref["window_values"], ref["interval"], index)
+            pl.when(diagonal == 0)(lambda: _window(head, *window))
         _cut(head, *context, first, whole_first, index, segments)
         _whole(head, *context, whole_first, whole_end, ref["maxima"])
         _cut(head, *context, whole_end, end, index, segments)
@@ -230,7 +248,9 @@ def specs(tiling: Tiling, heads: int, keys: int, width: int, window: int, has_se
     """Block specs of the arguments that both directions read, in their order."""
     units = tiling.block_q // tiling.unit
     found = [
-        pl.BlockSpec((None, None, heads, tiling.block_q, width), lambda b, k, i, *_: (b, k, 0, i, 0)),
+        pl.BlockSpec(
+            (None, None, heads, tiling.block_q, width), lambda b, k, i, *_: (b, k, 0, i, 0)
+        ),
         pl.BlockSpec((None, None, keys, width), lambda b, k, i, *_: (b, k, 0, 0)),
         pl.BlockSpec((None, None, width, keys), lambda b, k, i, *_: (b, k, 0, 0)),
     ]
@@ -279,7 +299,14 @@ def forward(table, start, query, key, value, window, segments, *, tiling: Tiling
                 ),
                 pl.BlockSpec((None, None, heads, tiling.block_q), lambda b, k, i, *_: (b, k, 0, i)),
             ],
-            scratch_shapes=[f32(row), f32(row), f32((width, tiling.block_q)), f32(logits), f32(logits), f32(row)],
+            scratch_shapes=[
+                f32(row),
+                f32(row),
+                f32((width, tiling.block_q)),
+                f32(logits),
+                f32(logits),
+                f32(row),
+            ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, kv_heads, heads, width, queries), query.dtype),

@@ -225,7 +225,10 @@ def test_blocks_equal_the_definition_in_value_and_gradient(
     )
     if packed:
         theirs = np.arange(queries + cached, dtype=np.int32) // 2
-        given["segments"] = theirs[given["start"][:, None] + np.arange(queries)], np.tile(theirs, (batch, 1))
+        given["segments"] = (
+            theirs[given["start"][:, None] + np.arange(queries)],
+            np.tile(theirs, (batch, 1)),
+        )
     scores = queries * kv_heads * group * (queries + cached + chunks * slots)
     weights = np.random.default_rng(1).standard_normal(given["query"].shape, np.float32)
     with mock.patch.object(blocked, "BLOCK_SCORES", several * scores):

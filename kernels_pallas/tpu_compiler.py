@@ -77,10 +77,14 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The machine code of one kernel, by region; ``hot`` regions are those with matrix work."""
+    """The machine code of one kernel, by region; ``hot`` regions are those with matrix work.
+
+    vmem_bytes: of its blocks, doubly buffered, and its scratch.
+    """
 
     name: str
     bundles: int
+    vmem_bytes: int
     regions: tuple[Region, ...]
 
     @property
@@ -90,6 +94,7 @@ class Kernel:
 
 
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
+_VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+), scoped")
 _COUNTS = re.compile(r"\d+( \d+)+\s*$")
 _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 
@@ -100,13 +105,14 @@ def read_kernels(dump: Path, name: str = "") -> list[Kernel]:
     for program in sorted(dump.glob(f"*{name}*-final_bundles.txt")):
         parts = re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", program.name)
         usage = sorted(dump.glob(f"*-{parts[1]}-*-final_hlo-static-per-bundle-utilization.txt"))
-        if not parts or not usage or "schedule-analysis" in program.name:
-            continue
-        found.append(_read_kernel(parts[1], program.read_text(), usage[-1].read_text()))
+        original = sorted(dump.glob(f"*-{parts[1]}-*-original.txt"))
+        if parts and usage and original and "schedule-analysis" not in program.name:
+            texts = (path.read_text() for path in (program, usage[-1], original[0]))
+            found.append(_read_kernel(parts[1], *texts))
     return found
 
 
-def _read_kernel(name: str, program: str, usage: str) -> Kernel:
+def _read_kernel(name: str, program: str, usage: str, original: str) -> Kernel:
     lines = [line for line in usage.splitlines() if _COUNTS.match(line.strip())]
     capacity, *rows = (tuple(map(int, line.split())) for line in lines)
     # Branch targets split the program; a bundle's line begins with its address.
@@ -120,7 +126,8 @@ def _read_kernel(name: str, program: str, usage: str) -> Kernel:
         sums = dict(zip(_UNITS, map(sum, zip(*rows[first:end], strict=True)), strict=True))
         mxu = sums["MXU"] / ((end - first) * capacity[0])
         regions.append(Region(first, end - first, mxu, sums["SPILL"], sums["FILL"]))
-    return Kernel(name, len(rows), tuple(regions))
+    vmem = sum(int(size, 16) for size in _VMEM.findall(original))
+    return Kernel(name, len(rows), vmem, tuple(regions))
 
 
 def dump_in_child(arguments: list[str], *, timeout: int = 900) -> tuple[str, Path]:

@@ -80,8 +80,8 @@ def memory_select(
 ) -> Int[Array, "B K kept"]:
     """Indices of the ``kept`` tokens that receive most, by kv head (Memory³ §3.3), best first.
 
-    Ties go to the lower index. Where fewer tokens are valid, the valid ones come first and the rest,
-    again by index, are to be masked by the caller. Indices are not differentiable: gradients pass
+    Ties go to the lower index. Where fewer tokens are valid, these come first and the rest, again
+    by index, are to be masked by the caller. Indices are not differentiable: gradients pass
     through what is gathered with them. Forms as in :func:`attention_received`.
 
     Raises:

@@ -42,7 +42,11 @@ def _products(left, right):
     """Rows: tokens of ``left``; lanes: tokens of ``right``; both come as (H, R)."""
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     return jax.lax.dot_general(
-        left, right, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        left,
+        right,
+        (((0,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 

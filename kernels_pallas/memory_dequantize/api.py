@@ -75,6 +75,7 @@ def memory_dequantize(
         the argument and the rule.
       NotImplementedError: the named implementation cannot take these arguments.
     """
+    dtype = jnp.dtype(dtype)
     _check(codes, codebook, index, dtype)
     kwargs = dict(index=index, dtype=dtype)
     chosen = dispatch.choose(

@@ -21,11 +21,13 @@ BLOCK = 512
 VMEM_BYTES = 48 * 2**20
 
 
-def unsupported(codes, codebook: Codebook, *, dtype=None, **_) -> str | None:
+def unsupported(codes, codebook: Codebook, *, index=None, **_) -> str | None:
     """Why this implementation does not take the arguments, or None when it does."""
     reason = dispatch.only_on("tpu")
     if reason is not None:
         return reason
+    if not codes.size or (index is not None and not index.size):
+        return "there is nothing to decode"
     if 2 * codebook.bits[0] > 32:
         return f"two codes of {codebook.bits[0]} bits do not fit a word of 32"
     head_dim = codebook.rotation.shape[0]

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas import dispatch
 from kernels_pallas.memory_select import gpu, reference, tpu
 
+# Axes written ``_`` are those of the query; :func:`_check` says so in words where they are not.
 SELECTIONS = ("exponential", "softmax")
 POOLINGS = ("sum", "mean", "max", "first")
 
@@ -40,8 +41,8 @@ def _check(query, key, valid, selection, pooling) -> None:
 
 def attention_received(
     query: Float[Array, "B R N H"],
-    key: Float[Array, "B r K h"],
-    valid: Bool[Array, "b r"],
+    key: Float[Array, "_ _ K _"],
+    valid: Bool[Array, "_ _"],
     *,
     selection: str = "exponential",
     pooling: str = "sum",
@@ -70,8 +71,8 @@ def attention_received(
 
 def memory_select(
     query: Float[Array, "B R N H"],
-    key: Float[Array, "B r K h"],
-    valid: Bool[Array, "b r"],
+    key: Float[Array, "_ _ K _"],
+    valid: Bool[Array, "_ _"],
     *,
     kept: int = 8,
     selection: str = "exponential",

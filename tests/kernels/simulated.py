@@ -1,4 +1,4 @@
-"""A TPU simulated on the CPU: fresh memory is NaN, reading out of bounds raises, races are found."""
+"""A TPU simulated on the CPU: fresh memory is NaN, races and reads out of bounds are found."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Laws of decoding: the definition against FAISS and loops, the TPU kernel against the definition."""
+"""Laws of decoding: the definition against FAISS and loops, the TPU kernel against that."""
 
 import functools
 
@@ -132,10 +132,7 @@ def test_slots_and_centroids_that_no_code_names_are_never_read():
     codes, index = random_codes(codebook, 9), np.array([3, 5])
     halves = np.asarray(unpack_bits(codes[index, :2], 2, 5))
     parts = np.asarray(unpack_bits(codes[index, 2:], 4, 4))
-    level1, level2 = (
-        np.full((2, 32, 8), np.nan, np.float32),
-        np.full((4, 16, 4), np.nan, np.float32),
-    )
+    level1, level2 = (np.full(level.shape, np.nan, np.float32) for level in codebook[:2])
     for level, numbers, full in ((level1, halves, 0), (level2, parts, 1)):
         for m in range(level.shape[0]):
             level[m, numbers[:, m]] = codebook[full][m, numbers[:, m]]

@@ -98,7 +98,7 @@ def _received(valid_ref, query_ref, key_ref, *, kv_heads, scale, selection, pool
         return jax.lax.fori_loop(0, kv_heads, head, found, unroll=min(kv_heads, SUBLANES))
 
     start = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
-    # Eight heads side by side hide each other's latencies: a third of the bundles of one by one.
+    # Eight heads side by side hide each other's latencies: two thirds of the bundles of one by one.
     refs = valid_ref.shape[0]
     received, mask = jax.lax.fori_loop(0, refs, reference, start, unroll=refs)
     return jnp.where(mask > 0, received, -jnp.inf), mask
@@ -108,27 +108,29 @@ def _received_kernel(valid_ref, query_ref, key_ref, out_ref, **form):
     out_ref[0] = _received(valid_ref, query_ref, key_ref, **form)[0]
 
 
-def _select_kernel(valid_ref, query_ref, key_ref, out_ref, *, kept, length, **form):
+def _select_kernel(valid_ref, query_ref, key_ref, out_ref, *, kept, **form):
     """The best ``kept`` in turn; several grid steps fill one dense tile of indices."""
     step = pl.program_id(1)
     received, mask = _received(valid_ref, query_ref, key_ref, **form)
     # Lane numbers as floats, exact: the lowest of several best is a minimum like any other.
     lane = jax.lax.broadcasted_iota(jnp.int32, received.shape, 1)
     number = lane.astype(jnp.float32)
+    # Lanes behind the last token are invalid too, and of equal ones the lower, a token, goes first.
     rank = jnp.where(mask > 0, jnp.maximum(received, LEAST_VALID), INVALID)
-    rank = jnp.where(lane < length, rank, -jnp.inf)
 
     @pl.when(step == 0)
     def _():
         out_ref[0] = jnp.zeros(out_ref.shape[1:], jnp.int32)
 
-    found = out_ref[0]
-    for m in range(kept):
+    def keep(m, carry):
+        rank, found = carry
         best = rank.max(axis=1, keepdims=True)
         first = jnp.where(rank == best, number, float(LANES)).min(axis=1, keepdims=True)
         found = jnp.where(lane == step * kept + m, first.astype(jnp.int32), found)
-        rank = jnp.where(number == first, -jnp.inf, rank)
-    out_ref[0] = found
+        return jnp.where(number == first, -jnp.inf, rank), found
+
+    start = rank, out_ref[0]
+    out_ref[0] = jax.lax.fori_loop(0, kept, keep, start, unroll=min(kept, SUBLANES))[1]
 
 
 def _up(value: int, multiple: int) -> int:
@@ -196,8 +198,8 @@ def attention_received(query, key, valid, *, selection, pooling):
 
 def memory_select(query, key, valid, *, kept, selection, pooling):
     """As :func:`reference.memory_select`."""
-    batch, length, kv_heads = key.shape[:3]
-    kernel = functools.partial(_select_kernel, kept=kept, length=length)
+    batch, _, kv_heads = key.shape[:3]
+    kernel = functools.partial(_select_kernel, kept=kept)
     form = dict(selection=selection, pooling=pooling, dtype=jnp.int32)
     found = _run(kernel, query, key, valid, per_tile=LANES // kept, **form)
     # Lanes are (step, kept); of a tile that few references share, the last ones stay empty.

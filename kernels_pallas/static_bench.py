@@ -32,7 +32,9 @@ def _read(arguments: list[str], kernel: str, visits: Sequence[int]) -> dict:
         raise RuntimeError(f"{arguments}: {len(found)} kernels are named like {kernel!r}, not one")
     hot = found[0].hot
     if len(hot) != len(visits):
-        raise RuntimeError(f"{arguments}: {len(hot)} hot regions, but {len(visits)} visits are told")
+        raise RuntimeError(
+            f"{arguments}: {len(hot)} hot regions, but {len(visits)} visits are told"
+        )
     return {
         "pass_bundles": sum(region.bundles * times for region, times in zip(hot, visits)),
         "regions": [
@@ -79,8 +81,10 @@ def summary(rows: list[dict], peers: list[dict]) -> list[dict]:
             best = min(theirs, key=lambda row: row["pass_bundles"])
             direction = "backward" if backward else "forward"
             for case in ("heads of 128", "heads of 128, no memory"):
-                name = case if not backward else (
-                    "heads of 128 backward" if "," not in case else f"{case}, backward"
+                name = (
+                    case
+                    if not backward
+                    else ("heads of 128 backward" if "," not in case else f"{case}, backward")
                 )
                 ours = [r for r in rows if r["chip"] == chip and r["case"] == name]
                 if ours:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kernels_pallas import dispatch
 from kernels_pallas.memory_attention import ChunkGrid, memory_attention
-from tests.kernels.small_tpu import interpreted, simulated, small_blocks
+from tests.kernels import simulated
+from tests.kernels.simulated import interpreted, small_blocks
 from tests.kernels.test_memory_attention import arrays, attend, differentiable
 
 BAND, OWN = ChunkGrid(64, 5), ChunkGrid(64, 1)
@@ -87,7 +88,7 @@ def test_drawn_shapes_equal_the_definition(queries, cached, heads, head_dim, mem
     assert_equals_the_definition(given, grid, interpreted)
 
 
-@pytest.mark.parametrize("run", [interpreted, simulated])
+@pytest.mark.parametrize("run", [interpreted, simulated.tpu])
 def test_every_kind_of_block_at_once_equals_the_definition(run):
     """Whole blocks, cut ones at both ends and a diagonal, of three documents with their slots."""
     given = arrays(batch=1, queries=520, head_dim=16, chunks=9, slots=8, kv_heads=1)
@@ -127,7 +128,7 @@ def test_what_no_query_may_see_is_never_read_into_a_result(start):
             changed[name] = given[name].copy()
             changed[name][:, start + 70 :] = fill
         changed["slots"] = tuple(np.where(holes[..., None, None], fill, x) for x in given["slots"])
-        with simulated(), small_blocks():
+        with simulated.tpu(), small_blocks():
             return value_and_gradients(changed, BAND, "tpu")
 
     for path, one in jax.tree_util.tree_leaves_with_path(with_rest(np.float32(np.nan))):

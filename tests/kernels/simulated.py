@@ -1,8 +1,9 @@
-"""Running the kernels for TPU on a CPU: the simulator of the chip, with everything it can find."""
+"""Running the kernels for TPU on a CPU: as plain JAX, and on a simulator that finds mistakes."""
 
 import contextlib
 from unittest import mock
 
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -10,18 +11,21 @@ from kernels_pallas import blocks, dispatch
 
 
 @contextlib.contextmanager
-def simulated():
-    """TPU memories, copies and semaphores: fresh memory is NaN, races and wrong reads raise."""
-    strict = pltpu.InterpretParams(
+def tpu():
+    """Trace and run within: fresh memory is NaN, reads out of bounds raise, races fail at the end."""
+    pltpu.reset_tpu_interpret_mode_state()
+    params = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
-    with dispatch.lowering_for("tpu", "v5e"), pltpu.force_tpu_interpret_mode(strict):
+    with pltpu.force_tpu_interpret_mode(params), dispatch.lowering_for("tpu", "v5e"):
         yield
+    assert interpret_pallas_call.races is not None, "no kernel ran"
+    assert not interpret_pallas_call.races.races_found
 
 
 @contextlib.contextmanager
 def interpreted():
-    """The kernel as plain JAX: quicker, for many shapes."""
+    """The kernel as plain JAX."""
     call = pl.pallas_call
 
     def interpret(*args, **kwargs):

@@ -36,9 +36,12 @@ def _read(arguments: list[str], kernel: str, visits: Sequence[int]) -> dict:
             f"{arguments}: {len(hot)} hot regions, but {len(visits)} visits are told"
         )
     return {
-        "pass_bundles": sum(region.bundles * times for region, times in zip(hot, visits)),
+        "pass_bundles": sum(
+            region.bundles * times for region, times in zip(hot, visits, strict=True)
+        ),
         "regions": [
-            {**dataclasses.asdict(region), "visits": times} for region, times in zip(hot, visits)
+            {**dataclasses.asdict(region), "visits": times}
+            for region, times in zip(hot, visits, strict=True)
         ],
         "vmem_bytes": found[0].vmem_bytes,
         **tpu_compiler.last_json(out),

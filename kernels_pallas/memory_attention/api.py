@@ -3,11 +3,12 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_attention import blocked, reference, tpu
+from kernels_pallas.memory_attention import blocked, gpu, reference, tpu
 from kernels_pallas.memory_attention.reference import ChunkGrid
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.memory_attention, tpu.unsupported),
+    dispatch.Implementation("gpu", gpu.memory_attention, gpu.unsupported),
     dispatch.Implementation("blocked", blocked.memory_attention, blocked.unsupported),
     dispatch.Implementation("xla", reference.memory_attention, dispatch.always_supported),
 )

@@ -66,11 +66,8 @@ def _case(
 
     statistics = 4 * queries * heads
     inputs, out = _bytes_of((moving, fixed)), _bytes_of(moving["query"])
-    if backward:
-        # Reads inputs, the output's gradient and two statistics; writes a gradient of each input.
-        floor = 2 * inputs + out + 2 * statistics
-    else:
-        floor = inputs + out + statistics
+    # Backward reads inputs, the output's gradient and two statistics, and writes as many gradients.
+    floor = 2 * inputs + out + 2 * statistics if backward else inputs + out + statistics
     visits = _visits(queries, backward)
     if not slots:
         # No window: neither its own region nor a part of the opening.

@@ -12,7 +12,7 @@ from kernels_pallas import blocks, dispatch
 
 @contextlib.contextmanager
 def tpu():
-    """Trace and run within: fresh memory is NaN, reads out of bounds raise, races fail at the end."""
+    """Trace and run within: memory begins as NaN, wrong reads raise, races fail at the end."""
     pltpu.reset_tpu_interpret_mode_state()
     params = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"

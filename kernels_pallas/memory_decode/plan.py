@@ -1,0 +1,108 @@
+"""Sizes of the TPU kernel, and the bytes that it copies with them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+LANES = 128
+# Keys and values of a block: 512 rows of 640 in bfloat16. BUFFERS - 1 of them are on their way
+# while one is attended to, so that the memory never idles between two copies.
+BLOCK_BYTES = 1_310_720
+MOST_BLOCK_ROWS = 1024
+BUFFERS = 3
+# A block that is not full is copied in units of at most this many rows.
+UNIT = 64
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is cut into *rows* (a sequence, or one of its ``splits``) and blocks.
+
+    itemsize: bytes of an element of the cache.
+    slots: memory slots of a sequence, 0 for none.
+    preface: tokens of the preface, 0 for none.
+    groups: parts of the rows that two cores of a chip may work on side by side.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+    slots: int
+    preface: int
+    splits: int = 1
+
+    @property
+    def width(self) -> int:
+        """Elements of a cache row."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def block(self) -> int:
+        """Cache rows of a block."""
+        row = 2 * _up(self.width, LANES) * self.itemsize
+        rows = min(MOST_BLOCK_ROWS, BLOCK_BYTES // row) // LANES * LANES
+        return min(max(rows, LANES), _up(self.span, LANES))
+
+    @property
+    def unit(self) -> int:
+        """Cache rows of the shortest copy."""
+        return math.gcd(self.length, UNIT)
+
+    @property
+    def span(self) -> int:
+        """Cache rows of a split: whole units."""
+        return _up(-(-self.length // self.splits), math.gcd(self.length, UNIT))
+
+    @property
+    def rows(self) -> int:
+        """Sequences times splits."""
+        return self.batch * self.splits
+
+    @property
+    def groups(self) -> int:
+        """Two where there are rows for two cores."""
+        return min(2, self.rows)
+
+    @property
+    def per_group(self) -> int:
+        """Rows of a group; the last group may have fewer."""
+        return -(-self.rows // self.groups)
+
+    def floor_bytes(self, lengths: Sequence[int]) -> int:
+        """Visible cache rows, slots, preface, query and output, each once."""
+        small = self.batch * self.slots + self.preface
+        rows = sum(min(max(length, 0), self.length) for length in lengths) + small
+        return self.itemsize * (2 * rows * self.width + 2 * self.batch * self.heads * self.head_dim)
+
+    def copied_bytes(self, lengths: Sequence[int]) -> int:
+        """What the kernel's copies move between HBM and VMEM, lane padding included."""
+        width, head_dim = _up(self.width, LANES), _up(self.head_dim, LANES)
+        pack = 32 // self.itemsize  # sublanes of a tile in HBM
+        cache = 0
+        for length in lengths:
+            for split in range(self.splits):
+                cache += self._rows_copied(length - split * self.span)
+        slots = self.batch * _up(self.slots, pack)
+        if self.slots:
+            validity = self.batch * _up(self.kv_heads, pack) * _up(self.slots, LANES)
+        else:
+            validity = 0
+        preface = self.groups * _up(self.preface, pack)
+        moved = 2 * (cache + slots + preface) * width + validity
+        moved += self.batch * _up(self.heads, pack) * head_dim  # the query, once for all splits
+        if self.splits == 1:
+            return self.itemsize * (moved + self.batch * _up(self.heads, pack) * head_dim)
+        # Partial results and their log-sum-exp in float32, written, read and merged.
+        partial = self.rows * _up(self.heads, 8) * (head_dim + LANES)
+        return self.itemsize * (moved + self.batch * self.heads * head_dim) + 2 * 4 * partial
+
+    def _rows_copied(self, visible: int) -> int:
+        visible = min(max(visible, 0), self.span)
+        return min(_up(visible, self.unit), self.length)

@@ -90,7 +90,7 @@ class Kernel:
 
 
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s+(LH|LB|LE|PB|PF|CT)?\s*:")
-_COUNTS = re.compile(r"\d+( \d+)+\s*$")
+_COUNTS = re.compile(r"\d+( +\d+)+\s*$")
 _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 
 

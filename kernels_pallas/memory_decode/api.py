@@ -4,11 +4,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_decode import gpu, reference, tpu
+from kernels_pallas.memory_decode import blocked, reference, tpu
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.memory_decode, tpu.unsupported),
-    dispatch.Implementation("split", gpu.memory_decode, gpu.unsupported),
+    dispatch.Implementation("blocked", blocked.memory_decode, blocked.unsupported),
     dispatch.Implementation("xla", reference.memory_decode, dispatch.always_supported),
 )
 
@@ -38,10 +38,12 @@ def _flat(name: str, pair, leading: int, like):
     return flat
 
 
-def _check_query(query, key, lengths) -> int:
-    """The number of kv heads."""
+def _check_query(query, key, lengths, shape) -> int:
+    """The number of kv heads; ``shape`` of the key as it was given, before it was flattened."""
     batch, heads, head_dim = query.shape
     width = key.shape[-1]
+    if shape[-1] != width and shape[-1] != head_dim:
+        raise ValueError(f"key has heads of {shape[-1]}, query of {head_dim}: they must agree")
     if width % head_dim:
         raise ValueError(
             f"key has rows of {width}, query heads of {head_dim}: rows must be whole heads"
@@ -113,8 +115,9 @@ def memory_decode(
       ValueError: shapes or types that do not fit together; the message names argument and rule.
       NotImplementedError: the named implementation cannot take these arguments.
     """
+    shape = key.shape
     key, value = _flat("key and value", (key, value), 2, None)
-    kv_heads = _check_query(query, key, lengths)
+    kv_heads = _check_query(query, key, lengths, shape)
     preface = None if preface is None else _flat("preface", preface, 1, key)
     slots = None if slots is None else _flat("slots", slots, 2, key)
     slot_valid = _check_slots(slots, slot_valid, query.shape[0], kv_heads)

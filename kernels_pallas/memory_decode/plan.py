@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-LANES = 128
+# Arrays in HBM are tiled by these, in either type.
+SUBLANES, LANES = 8, 128
 # Keys and values of a block: 512 rows of 640 in bfloat16. BUFFERS - 1 of them are on their way
 # while one is attended to, so that the memory never idles between two copies.
 BLOCK_BYTES = 1_310_720
@@ -58,7 +59,7 @@ class Plan:
     @property
     def span(self) -> int:
         """Cache rows of a split: whole units."""
-        return _up(-(-self.length // self.splits), math.gcd(self.length, UNIT))
+        return _up(-(-self.length // self.splits), self.unit)
 
     @property
     def rows(self) -> int:
@@ -84,24 +85,19 @@ class Plan:
     def copied_bytes(self, lengths: Sequence[int]) -> int:
         """What the kernel's copies move between HBM and VMEM, lane padding included."""
         width, head_dim = _up(self.width, LANES), _up(self.head_dim, LANES)
-        pack = 32 // self.itemsize  # sublanes of a tile in HBM
-        cache = 0
-        for length in lengths:
-            for split in range(self.splits):
-                cache += self._rows_copied(length - split * self.span)
-        slots = self.batch * _up(self.slots, pack)
-        if self.slots:
-            validity = self.batch * _up(self.kv_heads, pack) * _up(self.slots, LANES)
-        else:
-            validity = 0
-        preface = self.groups * _up(self.preface, pack)
-        moved = 2 * (cache + slots + preface) * width + validity
-        moved += self.batch * _up(self.heads, pack) * head_dim  # the query, once for all splits
+        split_starts = [split * self.span for split in range(self.splits)]
+        cache = sum(self._rows_copied(n - start) for n in lengths for start in split_starts)
+        slots = self.batch * _up(self.slots, SUBLANES)
+        validity = self.batch * _up(self.kv_heads, SUBLANES) * _up(self.slots, LANES)
+        preface = self.groups * _up(self.preface, SUBLANES)
+        heads = self.batch * _up(self.heads, SUBLANES)
+        moved = 2 * (cache + slots + preface) * width + heads * head_dim
+        moved += validity if self.slots else 0
         if self.splits == 1:
-            return self.itemsize * (moved + self.batch * _up(self.heads, pack) * head_dim)
-        # Partial results and their log-sum-exp in float32, written, read and merged.
-        partial = self.rows * _up(self.heads, 8) * (head_dim + LANES)
-        return self.itemsize * (moved + self.batch * self.heads * head_dim) + 2 * 4 * partial
+            return self.itemsize * (moved + heads * head_dim)
+        # Results and log-sum-exps in float32, written, then read and merged.
+        partial = self.splits * heads * (head_dim + LANES)
+        return self.itemsize * (moved + heads * head_dim) + 2 * 4 * partial
 
     def _rows_copied(self, visible: int) -> int:
         visible = min(max(visible, 0), self.span)

@@ -28,6 +28,8 @@ MASKED = -1e30
 
 def _dot(a, b, contract: tuple[int, int]):
     """A product in float32; float32 operands are not rounded."""
+    if 1 in (*a.shape, *b.shape):  # The compiler has no bfloat16 product of a single row.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -36,6 +38,11 @@ def _dot(a, b, contract: tuple[int, int]):
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+def _parts(total, size: int):
+    """How many parts of ``size`` hold ``total``, which is not negative."""
+    return jax.lax.div(total + (size - 1), size)
 
 
 class _Ring:
@@ -54,7 +61,7 @@ class _Ring:
     def visible(self, row):
         """Cache rows that are visible in a row of the grid."""
         plan = self.plan
-        sequence, split = row // plan.splits, row % plan.splits
+        sequence, split = jax.lax.div(row, plan.splits), jax.lax.rem(row, plan.splits)
         length = jnp.minimum(self.lengths[jnp.minimum(sequence, plan.batch - 1)], plan.length)
         return jnp.clip(length - split * plan.span, 0, plan.span)
 
@@ -73,7 +80,7 @@ class _Ring:
     def _transfer(self, row, block, slot, act):
         """``act`` on each copy of a block: one, or several where the block is not full."""
         plan = self.plan
-        sequence, split = row // plan.splits, row % plan.splits
+        sequence, split = jax.lax.div(row, plan.splits), jax.lax.rem(row, plan.splits)
         first = split * plan.span + block * plan.block
         rows = self.visible(row) - block * plan.block
 
@@ -94,7 +101,7 @@ class _Ring:
 
         @pl.when(rows < plan.block)
         def _():
-            @pl.loop(0, pl.cdiv(rows, plan.unit))
+            @pl.loop(0, _parts(rows, plan.unit))
             def _(number):
                 for which in range(2):
                     act(copy(which, number * plan.unit, plan.unit))
@@ -113,7 +120,7 @@ class _Ring:
 
         @pl.when(row < end)
         def _():
-            slot = self.state[self.SENT] % BUFFERS
+            slot = jax.lax.rem(self.state[self.SENT], BUFFERS)
             self._transfer(row, block, slot, lambda copy: copy.start())
             self.state[self.SENT] += 1
             over = (block + 1) * self.plan.block >= self.visible(row)
@@ -128,7 +135,7 @@ class _Ring:
 
         The values behind are made zero: they may hold anything, and zero weight does not undo NaN.
         """
-        slot = self.state[self.TAKEN] % BUFFERS
+        slot = jax.lax.rem(self.state[self.TAKEN], BUFFERS)
         self.state[self.TAKEN] += 1
         self._transfer(row, block, slot, lambda copy: copy.wait())
         rows = self.visible(row) - block * self.plan.block
@@ -146,17 +153,18 @@ def _constants(plan: Plan, spread, own):
     """spread: H x KH, the unit matrix beside itself K times. own: N x KH, 1 in a head's columns."""
     row = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 1)
-    spread[...] = (column % plan.head_dim == row).astype(spread.dtype)
+    spread[...] = (jax.lax.rem(column, plan.head_dim) == row).astype(spread.dtype)
     group = plan.heads // plan.kv_heads
-    head = jax.lax.broadcasted_iota(jnp.int32, (plan.heads, 1), 0) // group * plan.head_dim
+    head = jax.lax.broadcasted_iota(jnp.int32, (plan.heads, 1), 0)
+    head = jax.lax.div(head, group) * plan.head_dim
     column = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
     own[...] = ((column >= head) & (column < head + plan.head_dim)).astype(own.dtype)
 
 
 def _one_hot(rows: int, columns: int, group: tuple[int, int], dtype):
     """1 where the kv head of a row is that of a column; ``group`` of either make up a kv head."""
-    row = jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 0) // group[0]
-    column = jax.lax.broadcasted_iota(jnp.int32, (rows, columns), 1) // group[1]
+    places = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in range(2))
+    row, column = (jax.lax.div(place, size) for place, size in zip(places, group, strict=True))
     return (row == column).astype(dtype)
 
 
@@ -256,10 +264,10 @@ def _kernel(lengths, *refs, plan: Plan):
         if plan.splits == 1:
             small(preface, slots, valid)
         else:
-            pl.when(row % plan.splits == 0)(lambda: small(preface, slots, valid))
-            pl.when(row % plan.splits != 0)(lambda: small(None, None, None))
+            pl.when(jax.lax.rem(row, plan.splits) == 0)(lambda: small(preface, slots, valid))
+            pl.when(jax.lax.rem(row, plan.splits) != 0)(lambda: small(None, None, None))
 
-        @pl.loop(0, pl.cdiv(ring.visible(row), plan.block))
+        @pl.loop(0, _parts(ring.visible(row), plan.block))
         def _(block):
             ring.send(end)
             keys, values, rows = ring.take(row, block)
@@ -275,7 +283,7 @@ def _specs(plan: Plan, dtype):
         return jnp.minimum(group * plan.per_group + step, plan.rows - 1)
 
     def of_sequence(*shape):
-        return pl.BlockSpec((None, *shape), lambda g, j, _: (row(g, j) // plan.splits, 0, 0))
+        return pl.BlockSpec((None, *shape), lambda g, j, _: (jax.lax.div(row(g, j), plan.splits), 0, 0))
 
     def of_row(*shape):
         return pl.BlockSpec((None, *shape), lambda g, j, _: (row(g, j), 0, 0))
@@ -362,7 +370,10 @@ def memory_decode(
             scratch_shapes=scratch,
         ),
         out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
+        ),
         name="memory_decode",
     )(lengths.astype(jnp.int32), *operands)
     return found[0] if plan.splits == 1 else _merge(plan, *found).astype(query.dtype)

@@ -136,7 +136,11 @@ def dump_in_child(arguments: list[str], *, timeout: int = 900) -> tuple[str, Pat
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
     environment = {**os.environ, **ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
     ended = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     if ended.returncode:
         raise RuntimeError(f"{arguments} failed: " + "\n".join(ended.stderr.splitlines()[-8:]))

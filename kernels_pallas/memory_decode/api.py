@@ -1,5 +1,7 @@
 """The public function: checks its arguments, flattens them, picks an implementation, calls it."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,43 +14,35 @@ IMPLEMENTATIONS = (
     dispatch.Implementation("xla", reference.memory_decode, dispatch.always_supported),
 )
 
-Rows = Float[Array, "B S KH"] | Float[Array, "B S K H"]
+Rows = Float[Array, "B S W"] | Float[Array, "B S K H"]
 Preface = Float[Array, "P K H"] | Float[Array, "P KH"]
 Slots = Float[Array, "B M K H"] | Float[Array, "B M KH"]
 Valid = Bool[Array, "B M"] | Bool[Array, "B M K"]
 
 
-def _flat(name: str, pair, leading: int, like):
-    """Keys and values with their heads in one axis; ``like`` is the flat cache (None: this is it).
-
-    ``leading`` axes come before the heads.
-    """
+def _flat(name: str, pair, leading: int):
+    """Keys and values with their heads, which come after ``leading`` axes, in one axis."""
     key, value = pair
     if key.shape != value.shape or key.dtype != value.dtype:
         raise ValueError(
-            f"{name}: keys are {key.dtype}{list(key.shape)}, values {value.dtype}"
+            f"{name}: keys are {key.dtype}{list(key.shape)} and values {value.dtype}"
             f"{list(value.shape)}: they must agree"
         )
-    flat = tuple(part.reshape(*part.shape[:leading], -1) for part in pair)
-    if like is not None and (flat[0].shape[-1], key.dtype) != (like.shape[-1], like.dtype):
-        raise ValueError(
-            f"{name} has rows of {flat[0].shape[-1]} {key.dtype}, the cache {like.shape[-1]} "
-            f"{like.dtype}: they must agree (heads x head_dim, and the dtype)"
-        )
-    return flat
+    return tuple(part.reshape(*part.shape[:leading], -1) for part in pair)
 
 
-def _check_query(query, key, lengths, shape) -> int:
-    """The number of kv heads; ``shape`` of the key as it was given, before it was flattened."""
+def _check_cache(query, key, lengths, tokens_per_row: int) -> int:
+    """The number of kv heads."""
     batch, heads, head_dim = query.shape
-    width = key.shape[-1]
-    if shape[-1] != width and shape[-1] != head_dim:
-        raise ValueError(f"key has heads of {shape[-1]}, query of {head_dim}: they must agree")
-    if width % head_dim:
+    if key.ndim == 4 and key.shape[-1] != head_dim:
+        raise ValueError(f"key has heads of {key.shape[-1]}, query of {head_dim}: they must agree")
+    width = math.prod(key.shape[2:])
+    if tokens_per_row < 1 or width % (tokens_per_row * head_dim):
         raise ValueError(
-            f"key has rows of {width}, query heads of {head_dim}: rows must be whole heads"
+            f"key has rows of {width}, query has heads of {head_dim}: a row must be whole heads of "
+            f"tokens_per_row={tokens_per_row} tokens"
         )
-    kv_heads = width // head_dim
+    kv_heads = width // (tokens_per_row * head_dim)
     if heads % kv_heads:
         raise ValueError(
             f"query has {heads} heads and key has {kv_heads}: query heads must be a multiple"
@@ -59,6 +53,14 @@ def _check_query(query, key, lengths, shape) -> int:
         if array.shape[0] != batch:
             raise ValueError(f"{name} has batch {array.shape[0]}, query has {batch}")
     return kv_heads
+
+
+def _check_row(name: str, part, kv_heads: int, head_dim: int, dtype) -> None:
+    if part.shape[-1] != kv_heads * head_dim or part.dtype != dtype:
+        raise ValueError(
+            f"{name} has {part.dtype} and rows of {part.shape[-1]}, the cache {dtype} and "
+            f"{kv_heads} heads x {head_dim}: they must agree"
+        )
 
 
 def _check_slots(slots, slot_valid, batch: int, kv_heads: int):
@@ -91,6 +93,7 @@ def memory_decode(
     preface: tuple[Preface, Preface] | None = None,
     slots: tuple[Slots, Slots] | None = None,
     slot_valid: Valid | None = None,
+    tokens_per_row: int = 1,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
     """Attention of one query per sequence in one softmax (Memory³ §3.2, eq. 4, while decoding).
@@ -104,24 +107,35 @@ def memory_decode(
       query: the queries of the tokens being decoded, rotated.
       key: caches of rotated context keys, flat (fast) or with their heads apart.
       value: caches of context values, likewise.
-      lengths: rows of each cache that are visible, 0 to S; the rows behind may hold anything.
+      lengths: tokens of each cache that are visible, from 0; those behind may hold anything.
       preface: keys and values of ``<s>Reference:``, visible to every query; flat or heads apart.
       slots: memory keys and values of each sequence; flat (fast) or heads apart.
       slot_valid: False where a slot is empty, for all kv heads or for each; an empty slot may
         hold anything. None when all are full.
+      tokens_per_row: how many tokens lie side by side in a row of the cache, each with all its
+        kv heads; the cache is then B x (S / tokens_per_row) x (tokens_per_row K H). For few and
+        narrow kv heads: a row of 8 tokens with one head of 80 needs no padding, 80 alone would.
       implementation: a name of ``IMPLEMENTATIONS``; None picks the fastest that fits.
 
     Raises:
       ValueError: shapes or types that do not fit together; the message names argument and rule.
       NotImplementedError: the named implementation cannot take these arguments.
     """
-    shape = key.shape
-    key, value = _flat("key and value", (key, value), 2, None)
-    kv_heads = _check_query(query, key, lengths, shape)
-    preface = None if preface is None else _flat("preface", preface, 1, key)
-    slots = None if slots is None else _flat("slots", slots, 2, key)
+    kv_heads = _check_cache(query, key, lengths, tokens_per_row)
+    key, value = _flat("key and value", (key, value), 2)
+    preface = None if preface is None else _flat("preface", preface, 1)
+    slots = None if slots is None else _flat("slots", slots, 2)
+    for name, pair in (("preface", preface), ("slots", slots)):
+        if pair is not None:
+            _check_row(name, pair[0], kv_heads, query.shape[2], key.dtype)
     slot_valid = _check_slots(slots, slot_valid, query.shape[0], kv_heads)
-    kwargs = dict(lengths=lengths, preface=preface, slots=slots, slot_valid=slot_valid)
+    kwargs = dict(
+        lengths=lengths,
+        preface=preface,
+        slots=slots,
+        slot_valid=slot_valid,
+        tokens_per_row=tokens_per_row,
+    )
     chosen = dispatch.choose(
         "memory_decode", IMPLEMENTATIONS, implementation, (query, key, value), kwargs
     )

@@ -7,16 +7,17 @@ sequence, where the definition computes with the whole cache, in float32.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.memory_decode.reference import unfold
 
 BLOCK = 512
 # In place of minus infinity, so that the difference of two is 0 and not NaN.
 MASKED = -1e30
 
 
-def unsupported(query, key, value, **_) -> str | None:
+def unsupported(query, key, value, *, tokens_per_row=1, **_) -> str | None:
     """Why this implementation does not take the arguments, or None when it does."""
-    if key.shape[1] <= BLOCK:
-        return f"a cache of {key.shape[1]} rows is a single block"
+    if key.shape[1] * tokens_per_row <= BLOCK:
+        return f"a cache of {key.shape[1] * tokens_per_row} tokens is a single block"
     return None
 
 
@@ -41,9 +42,12 @@ def _attend(query, keys, values, mask, running):
     return highest, total, sums * decay + more
 
 
-def memory_decode(query, key, value, *, lengths, preface=None, slots=None, slot_valid=None):
+def memory_decode(
+    query, key, value, *, lengths, preface=None, slots=None, slot_valid=None, tokens_per_row=1
+):
     """As :func:`reference.memory_decode`."""
-    (batch, heads, head_dim), length = query.shape, key.shape[1]
+    key, value = (unfold(rows, tokens_per_row) for rows in (key, value))
+    (batch, _, head_dim), length = query.shape, key.shape[1]
     block = min(BLOCK, length)
     grouped = query.reshape(batch, key.shape[-1] // head_dim, -1, head_dim)
     one = (*grouped.shape[:3], 1)

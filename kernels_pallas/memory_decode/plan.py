@@ -23,10 +23,10 @@ def _up(size: int, multiple: int) -> int:
 class Plan:
     """How a call is cut into *rows* (a sequence, or one of its ``splits``) and blocks.
 
+    length: rows of a cache array, of ``fold`` tokens each.
     itemsize: bytes of an element of the cache.
     slots: memory slots of a sequence, 0 for none.
     preface: tokens of the preface, 0 for none.
-    groups: parts of the rows that two cores of a chip may work on side by side.
     """
 
     batch: int
@@ -38,11 +38,27 @@ class Plan:
     slots: int
     preface: int
     splits: int = 1
+    fold: int = 1
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def scores(self) -> int:
+        """Scores of a cache row: each query head with each of its tokens."""
+        return self.fold * self.heads
+
+    @property
+    def token_width(self) -> int:
+        """Elements of a token's keys."""
+        return self.kv_heads * self.head_dim
 
     @property
     def width(self) -> int:
         """Elements of a cache row."""
-        return self.kv_heads * self.head_dim
+        return self.fold * self.token_width
 
     @property
     def block(self) -> int:
@@ -68,7 +84,7 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """Two where there are rows for two cores."""
+        """Parts of the rows that two cores of a chip may work on side by side."""
         return min(2, self.rows)
 
     @property
@@ -78,20 +94,24 @@ class Plan:
 
     def floor_bytes(self, lengths: Sequence[int]) -> int:
         """Visible cache rows, slots, preface, query and output, each once."""
-        small = self.batch * self.slots + self.preface
-        rows = sum(min(max(length, 0), self.length) for length in lengths) + small
-        return self.itemsize * (2 * rows * self.width + 2 * self.batch * self.heads * self.head_dim)
+        tokens = sum(min(max(length, 0), self.length * self.fold) for length in lengths)
+        tokens += self.batch * self.slots + self.preface
+        queries = self.batch * self.heads * self.head_dim
+        return 2 * self.itemsize * (tokens * self.token_width + queries)
 
     def copied_bytes(self, lengths: Sequence[int]) -> int:
         """What the kernel's copies move between HBM and VMEM, lane padding included."""
-        width, head_dim = _up(self.width, LANES), _up(self.head_dim, LANES)
+        width, head_dim = _up(self.token_width, LANES), _up(self.head_dim, LANES)
         split_starts = [split * self.span for split in range(self.splits)]
-        cache = sum(self._rows_copied(n - start) for n in lengths for start in split_starts)
+        cache = sum(
+            self._rows_copied(n - start * self.fold) for n in lengths for start in split_starts
+        )
         slots = self.batch * _up(self.slots, SUBLANES)
         validity = self.batch * _up(self.kv_heads, SUBLANES) * _up(self.slots, LANES)
         preface = self.groups * _up(self.preface, SUBLANES)
         heads = self.batch * _up(self.heads, SUBLANES)
-        moved = 2 * (cache + slots + preface) * width + heads * head_dim
+        moved = 2 * cache * _up(self.width, LANES) + 2 * (slots + preface) * width
+        moved += heads * head_dim
         moved += validity if self.slots else 0
         if self.splits == 1:
             return self.itemsize * (moved + heads * head_dim)
@@ -99,6 +119,6 @@ class Plan:
         partial = self.splits * heads * (head_dim + LANES)
         return self.itemsize * (moved + heads * head_dim) + 2 * 4 * partial
 
-    def _rows_copied(self, visible: int) -> int:
-        visible = min(max(visible, 0), self.span)
+    def _rows_copied(self, tokens: int) -> int:
+        visible = min(-(-max(tokens, 0) // self.fold), self.span)
         return min(_up(visible, self.unit), self.length)

@@ -14,6 +14,11 @@ def heads_apart(array: Float[Array, "..."], head_dim: int) -> Float[Array, "... 
     return array.astype(jnp.float32).reshape(*array.shape[:-1], -1, head_dim)
 
 
+def unfold(rows: Float[Array, "B S W"], tokens_per_row: int) -> Float[Array, "B SR KH"]:
+    """Every token in a row of its own."""
+    return rows.reshape(rows.shape[0], -1, rows.shape[-1] // tokens_per_row)
+
+
 def memory_decode(
     query: Float[Array, "B N H"],
     key: Float[Array, "B S KH"],
@@ -23,6 +28,7 @@ def memory_decode(
     preface: Pair | None = None,
     slots: Pair | None = None,
     slot_valid: Bool[Array, "B M K"] | None = None,
+    tokens_per_row: int = 1,
 ) -> Float[Array, "B N H"]:
     """Memory attention at T = 1, every kv head by itself, since each has slots of its own.
 
@@ -30,6 +36,7 @@ def memory_decode(
     where nothing at all is visible.
     """
     batch, heads, head_dim = query.shape
+    key, value = (unfold(rows, tokens_per_row) for rows in (key, value))
     exists = lengths > 0
     behind = (jnp.arange(key.shape[1]) < lengths[:, None])[..., None, None]
     key, value = (jnp.where(behind, heads_apart(x, head_dim), 0) for x in (key, value))

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import dispatch
 from kernels_pallas.memory_decode.plan import BUFFERS, LANES, Plan
+from kernels_pallas.memory_decode.ring import Ring
 
 # In place of minus infinity, so that the difference of two is 0 and not NaN.
 MASKED = -1e30
@@ -40,125 +41,15 @@ def _dot(a, b, contract: tuple[int, int]):
     )
 
 
-def _parts(total, size: int):
-    """How many parts of ``size`` hold ``total``, which is not negative."""
-    return jax.lax.div(total + (size - 1), size)
-
-
-class _Ring:
-    """Blocks of the cache on their way to VMEM, in the order in which they are attended to.
-
-    ``state`` in SMEM: the row and block to be sent for next, how many were sent for, how many were
-    taken. Both counts go on from one grid step to the next.
-    """
-
-    ROW, BLOCK, SENT, TAKEN = range(4)
-
-    def __init__(self, plan: Plan, lengths, hbm, buffers, semaphores, state):
-        self.plan, self.lengths, self.hbm = plan, lengths, hbm
-        self.buffers, self.semaphores, self.state = buffers, semaphores, state
-
-    def visible(self, row):
-        """Cache rows that are visible in a row of the grid."""
-        plan = self.plan
-        sequence, split = jax.lax.div(row, plan.splits), jax.lax.rem(row, plan.splits)
-        length = jnp.minimum(self.lengths[jnp.minimum(sequence, plan.batch - 1)], plan.length)
-        return jnp.clip(length - split * plan.span, 0, plan.span)
-
-    def _first_with_any(self, row, end):
-        """The first row from ``row`` on, before ``end``, that has visible cache rows."""
-
-        def empty(row):
-            return (row < end) & (self.visible(row) == 0)
-
-        def step(carry):
-            row = carry[0] + 1
-            return row, empty(row)
-
-        return jax.lax.while_loop(lambda carry: carry[1], step, (row, empty(row)))[0]
-
-    def _transfer(self, row, block, slot, act):
-        """``act`` on each copy of a block: one, or several where the block is not full."""
-        plan = self.plan
-        sequence, split = jax.lax.div(row, plan.splits), jax.lax.rem(row, plan.splits)
-        first = split * plan.span + block * plan.block
-        rows = self.visible(row) - block * plan.block
-
-        def copy(which, offset, size):
-            start = pl.multiple_of(first + offset, plan.unit)
-            return pltpu.make_async_copy(
-                self.hbm[which].at[sequence, pl.ds(start, size)],
-                self.buffers[which].at[slot, pl.ds(pl.multiple_of(offset, plan.unit), size)],
-                self.semaphores.at[which, slot],
-            )
-
-        if plan.block <= plan.length:
-
-            @pl.when(rows >= plan.block)
-            def _():
-                for which in range(2):
-                    act(copy(which, 0, plan.block))
-
-        @pl.when(rows < plan.block)
-        def _():
-            @pl.loop(0, _parts(rows, plan.unit))
-            def _(number):
-                for which in range(2):
-                    act(copy(which, number * plan.unit, plan.unit))
-
-    def begin(self, row, end):
-        """Send for the first blocks of the rows from ``row`` to ``end``."""
-        self.state[self.ROW] = self._first_with_any(row, end)
-        for at in (self.BLOCK, self.SENT, self.TAKEN):
-            self.state[at] = 0
-        for _ in range(BUFFERS - 1):
-            self.send(end)
-
-    def send(self, end):
-        """Send for the next block, if one is left, into the buffer that was taken last."""
-        row, block = self.state[self.ROW], self.state[self.BLOCK]
-
-        @pl.when(row < end)
-        def _():
-            slot = jax.lax.rem(self.state[self.SENT], BUFFERS)
-            self._transfer(row, block, slot, lambda copy: copy.start())
-            self.state[self.SENT] += 1
-            over = (block + 1) * self.plan.block >= self.visible(row)
-            self.state[self.BLOCK] = jnp.where(over, 0, block + 1)
-
-            @pl.when(over)
-            def _():
-                self.state[self.ROW] = self._first_with_any(row + 1, end)
-
-    def take(self, row, block):
-        """Wait for a block; its keys, its values and how many of its rows are visible.
-
-        The values behind are made zero: they may hold anything, and zero weight does not undo NaN.
-        """
-        slot = jax.lax.rem(self.state[self.TAKEN], BUFFERS)
-        self.state[self.TAKEN] += 1
-        self._transfer(row, block, slot, lambda copy: copy.wait())
-        rows = self.visible(row) - block * self.plan.block
-        keys, values = (buffer.at[slot] for buffer in self.buffers)
-
-        @pl.when(rows < self.plan.block)
-        def _():
-            behind = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) >= rows
-            values[...] = jnp.where(behind, 0, values[...])
-
-        return keys[...], values[...], rows
-
-
 def _constants(plan: Plan, spread, own):
-    """spread: H x KH, the unit matrix beside itself K times. own: N x KH, 1 in a head's columns."""
-    row = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 1)
+    """What every sequence needs.
+
+    spread: H x W, the unit matrix again and again, for a cache row of W columns.
+    own: RN x W, 1 where a row of scores has its columns; row r N + n is of token r and head n.
+    """
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, spread.shape, axis) for axis in (0, 1))
     spread[...] = (jax.lax.rem(column, plan.head_dim) == row).astype(spread.dtype)
-    group = plan.heads // plan.kv_heads
-    head = jax.lax.broadcasted_iota(jnp.int32, (plan.heads, 1), 0)
-    head = jax.lax.div(head, group) * plan.head_dim
-    column = jax.lax.broadcasted_iota(jnp.int32, own.shape, 1)
-    own[...] = ((column >= head) & (column < head + plan.head_dim)).astype(own.dtype)
+    own[...] = _one_hot(*own.shape, (plan.group, plan.head_dim), own.dtype)
 
 
 def _one_hot(rows: int, columns: int, group: tuple[int, int], dtype):
@@ -174,65 +65,96 @@ def _lane_sums(weights):
     return functools.reduce(jnp.add, parts)
 
 
+def _small_parts(plan: Plan, preface, slots, valid):
+    """Keys, values and mask, RN x tokens, of preface and slots.
+
+    They are for the scores of the first token of a cache row only, of which there are N.
+    """
+    if preface is not None:
+        keys, values = (part[...] for part in preface)
+        row = jax.lax.broadcasted_iota(jnp.int32, (plan.scores, plan.preface), 0)
+        yield keys, values, row < plan.heads
+    if slots is not None:
+        keys, values = (part[...] for part in slots)
+        of_head = _one_hot(plan.scores, plan.kv_heads, (plan.group, 1), valid.dtype)
+        of_column = _one_hot(plan.kv_heads, plan.token_width, (1, plan.head_dim), valid.dtype)
+        values = jnp.where(_dot(valid[...], of_column, (0, 0)) > 0.5, values, 0)
+        yield keys, values.astype(keys.dtype), _dot(of_head, valid[...], (1, 0)) > 0.5
+
+
 def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
     """Begin the running softmax with the preface and the slots."""
     top, total, sums = running
-    parts, masks = [], []
-    if preface is not None:
-        parts.append(tuple(part[...] for part in preface))
-        masks.append(None)
-    if slots is not None:
-        keys, values = (part[...] for part in slots)
-        group = plan.heads // plan.kv_heads
-        of_head = _one_hot(plan.heads, plan.kv_heads, (group, 1), valid.dtype)
-        of_column = _one_hot(plan.kv_heads, plan.width, (1, plan.head_dim), valid.dtype)
-        values = jnp.where(_dot(valid[...], of_column, (0, 0)) > 0.5, values, 0)
-        parts.append((keys, values.astype(keys.dtype)))
-        masks.append(_dot(of_head, valid[...], (1, 0)) > 0.5)
-    highest, scores = jnp.full((plan.heads, 1), MASKED, jnp.float32), []
-    for (keys, _), mask in zip(parts, masks, strict=True):
-        score = _dot(spread_query, keys, (1, 1)) * plan.head_dim**-0.5
-        scores.append(score if mask is None else jnp.where(mask, score, MASKED))
+    parts = list(_small_parts(plan, preface, slots, valid))
+    highest, scores = jnp.full((plan.scores, 1), MASKED, jnp.float32), []
+    for keys, _, mask in parts:
+        score = _dot(spread_query[:, : plan.token_width], keys, (1, 1)) * plan.head_dim**-0.5
+        scores.append(jnp.where(mask, score, MASKED))
         highest = jnp.maximum(highest, scores[-1].max(axis=1, keepdims=True))
-    top[...] = jnp.broadcast_to(highest, top.shape)
-    ones, summed = jnp.zeros((plan.heads, 1), jnp.float32), jnp.zeros(sums.shape, jnp.float32)
-    for (_, values), mask, score in zip(parts, masks, scores, strict=True):
-        weights = jnp.exp(score - highest)
-        weights = weights if mask is None else jnp.where(mask, weights, 0)
+    ones = jnp.zeros((plan.scores, 1), jnp.float32)
+    summed = jnp.zeros((plan.scores, plan.token_width), jnp.float32)
+    for (_, values, mask), score in zip(parts, scores, strict=True):
+        weights = jnp.where(mask, jnp.exp(score - highest), 0)
         ones += weights.sum(axis=1, keepdims=True)
         summed += _dot(weights.astype(values.dtype), values, (1, 0))
+    top[...] = jnp.broadcast_to(highest, top.shape)
     # The total is the sum over its lanes.
     first = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1) == 0
     total[...] = jnp.where(first, ones, 0)
-    sums[...] = summed
+    if plan.fold > 1:
+        sums[...] = jnp.zeros_like(sums)
+    sums[:, : plan.token_width] = summed
 
 
-def _attend_block(plan: Plan, spread_query, keys, values, rows, running):
-    """Take a block of the cache into the running softmax."""
+def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
+    """Take a block of the cache, of which ``tokens`` are visible, into the running softmax."""
     top, total, sums = running
     scores = _dot(spread_query, keys, (1, 1)) * plan.head_dim**-0.5
-    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    scores = jnp.where(place < rows, scores, MASKED)
+    row, place = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+    token = place * plan.fold + jax.lax.div(row, plan.heads) if plan.fold > 1 else place
+    scores = jnp.where(token < tokens, scores, MASKED)
     before = top[:, :1]
     highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
     weights = jnp.exp(scores - highest)
+    if plan.fold > 1:  # A short sequence leaves rows of scores without any token.
+        weights = jnp.where(token < tokens, weights, 0)
     decay = jnp.exp(before - highest)
     top[...] = jnp.broadcast_to(highest, top.shape)
     total[...] = total[...] * decay + _lane_sums(weights)
     sums[...] = sums[...] * decay + _dot(weights.astype(values.dtype), values, (1, 0))
 
 
-def _finish(running, spread, own, out, log_total):
-    """Divide, keep each head's own columns; where nothing was visible, zeros."""
+def _finish(plan: Plan, running, spread, own, out, log_total):
+    """Divide, keep each head's own columns; where nothing was visible, zeros.
+
+    The tokens of a cache row have each their own running softmax, merged here.
+    """
     top, total, sums = running
-    weight = total[...].sum(axis=1, keepdims=True)
-    mean = sums[...] / jnp.where(weight > 0, weight, 1)
-    # Rounded to the output's type first, so that the product only moves it.
-    mean = jnp.where(own[...] > 0, mean, 0).astype(out.dtype)
-    out[...] = _dot(mean, spread[...].astype(out.dtype), (1, 1)).astype(out.dtype)
+    of_token = [pl.ds(number * plan.heads, plan.heads) for number in range(plan.fold)]
+    highest = functools.reduce(jnp.maximum, [top[rows, :1] for rows in of_token])
+    weight, mean = 0.0, 0.0
+    for rows in of_token:
+        share = jnp.exp(top[rows, :1] - highest)
+        weight += share * total[rows].sum(axis=1, keepdims=True)
+        mean += share * jnp.where(own[rows] > 0, sums[rows], 0)
+    mean = mean / jnp.where(weight > 0, weight, 1)
+    if plan.fold == 1:  # The product only moves it: round to the output's type before.
+        mean = mean.astype(out.dtype)
+    out[...] = _dot(mean, spread[...].astype(mean.dtype), (1, 1)).astype(out.dtype)
     if log_total is not None:
-        log = top[:, :1] + jnp.log(jnp.where(weight > 0, weight, 1))
+        log = highest + jnp.log(jnp.where(weight > 0, weight, 1))
         log_total[...] = jnp.where(weight > 0, log, MASKED)
+
+
+def _spread(plan: Plan, query, spread, own):
+    """The block-diagonal query."""
+    if plan.fold > 1:
+        places = (jax.lax.broadcasted_iota(jnp.int32, (plan.scores, plan.heads), a) for a in (0, 1))
+        row, head = places
+        query = _dot((jax.lax.rem(row, plan.heads) == head).astype(query.dtype), query, (1, 0))
+        query = query.astype(spread.dtype)
+    wide = _dot(query, spread[...], (1, 0))
+    return jnp.where(own[...] > 0, wide, 0).astype(query.dtype)
 
 
 def _kernel(lengths, *refs, plan: Plan):
@@ -242,7 +164,7 @@ def _kernel(lengths, *refs, plan: Plan):
     slots, valid = ((refs.pop(0), refs.pop(0)), refs.pop(0)) if plan.slots else (None, None)
     out, log_total = refs.pop(0), refs.pop(0) if plan.splits > 1 else None
     spread, own, top, total, sums, *buffers, semaphores, state = refs
-    ring = _Ring(plan, lengths, hbm, buffers, semaphores, state)
+    ring = Ring(plan, lengths, hbm, buffers, semaphores, state)
     running = top, total, sums
     first = pl.program_id(0) * plan.per_group
     end = jnp.minimum(first + plan.per_group, plan.rows)
@@ -255,8 +177,7 @@ def _kernel(lengths, *refs, plan: Plan):
 
     @pl.when(row < end)
     def _():
-        wide = _dot(query[...], spread[...], (1, 0))
-        spread_query = jnp.where(own[...] > 0, wide, 0).astype(query.dtype)
+        spread_query = _spread(plan, query[...], spread, own)
 
         def small(*with_parts):
             _attend_small(plan, spread_query, *with_parts, running)
@@ -267,13 +188,12 @@ def _kernel(lengths, *refs, plan: Plan):
             pl.when(jax.lax.rem(row, plan.splits) == 0)(lambda: small(preface, slots, valid))
             pl.when(jax.lax.rem(row, plan.splits) != 0)(lambda: small(None, None, None))
 
-        @pl.loop(0, _parts(ring.visible(row), plan.block))
+        @pl.loop(0, ring.blocks(row))
         def _(block):
             ring.send(end)
-            keys, values, rows = ring.take(row, block)
-            _attend_block(plan, spread_query, keys, values, rows, running)
+            _attend_block(plan, spread_query, *ring.take(row, block), running)
 
-        _finish(running, spread, own, out, log_total)
+        _finish(plan, running, spread, own, out, log_total)
 
 
 def _specs(plan: Plan, dtype):
@@ -283,16 +203,19 @@ def _specs(plan: Plan, dtype):
         return jnp.minimum(group * plan.per_group + step, plan.rows - 1)
 
     def of_sequence(*shape):
-        return pl.BlockSpec((None, *shape), lambda g, j, _: (jax.lax.div(row(g, j), plan.splits), 0, 0))
+        def sequence(group, step, _):
+            return jax.lax.div(row(group, step), plan.splits), 0, 0
+
+        return pl.BlockSpec((None, *shape), sequence)
 
     def of_row(*shape):
         return pl.BlockSpec((None, *shape), lambda g, j, _: (row(g, j), 0, 0))
 
     inputs = [of_sequence(plan.heads, plan.head_dim), *[pl.BlockSpec(memory_space=pltpu.HBM)] * 2]
     if plan.preface:
-        inputs += [pl.BlockSpec((plan.preface, plan.width), lambda g, j, _: (0, 0))] * 2
+        inputs += [pl.BlockSpec((plan.preface, plan.token_width), lambda g, j, _: (0, 0))] * 2
     if plan.slots:
-        inputs += [of_sequence(plan.slots, plan.width)] * 2
+        inputs += [of_sequence(plan.slots, plan.token_width)] * 2
         inputs += [of_sequence(plan.kv_heads, plan.slots)]
     outputs = [of_row(plan.heads, plan.head_dim)]
     shapes = [jax.ShapeDtypeStruct((plan.rows, plan.heads, plan.head_dim), dtype)]
@@ -304,9 +227,9 @@ def _specs(plan: Plan, dtype):
         ]
     scratch = [
         pltpu.VMEM((plan.head_dim, plan.width), dtype),
-        pltpu.VMEM((plan.heads, plan.width), jnp.float32),
-        *[pltpu.VMEM((plan.heads, LANES), jnp.float32)] * 2,
-        pltpu.VMEM((plan.heads, plan.width), jnp.float32),
+        pltpu.VMEM((plan.scores, plan.width), jnp.float32),
+        *[pltpu.VMEM((plan.scores, LANES), jnp.float32)] * 2,
+        pltpu.VMEM((plan.scores, plan.width), jnp.float32),
         *[pltpu.VMEM((BUFFERS, plan.block, plan.width), dtype)] * 2,
         pltpu.SemaphoreType.DMA((2, BUFFERS)),
         pltpu.SMEM((4,), jnp.int32),
@@ -314,18 +237,19 @@ def _specs(plan: Plan, dtype):
     return inputs, outputs, shapes, scratch
 
 
-def plan_of(query, key, *, preface=None, slots=None, splits=None, **_) -> Plan:
+def plan_of(query, key, *, preface=None, slots=None, splits=None, tokens_per_row=1, **_) -> Plan:
     """The sizes of a call."""
     return Plan(
         batch=query.shape[0],
         length=key.shape[1],
         heads=query.shape[1],
-        kv_heads=key.shape[2] // query.shape[2],
+        kv_heads=key.shape[2] // (tokens_per_row * query.shape[2]),
         head_dim=query.shape[2],
         itemsize=key.dtype.itemsize,
         slots=0 if slots is None else slots[0].shape[1],
         preface=0 if preface is None else preface[0].shape[0],
         splits=splits or _splits(query.shape[0], key.shape[1]),
+        fold=tokens_per_row,
     )
 
 
@@ -350,10 +274,20 @@ def unsupported(query, key, value, **_) -> str | None:
 
 
 def memory_decode(
-    query, key, value, *, lengths, preface=None, slots=None, slot_valid=None, splits=None
+    query,
+    key,
+    value,
+    *,
+    lengths,
+    preface=None,
+    slots=None,
+    slot_valid=None,
+    tokens_per_row=1,
+    splits=None,
 ):
     """As :func:`reference.memory_decode`, each cache in ``splits`` parts (None: as suits)."""
-    plan = plan_of(query, key, preface=preface, slots=slots, splits=splits)
+    kwargs = dict(preface=preface, slots=slots, tokens_per_row=tokens_per_row, splits=splits)
+    plan = plan_of(query, key, **kwargs)
     inputs, outputs, shapes, scratch = _specs(plan, query.dtype)
     operands = [query, key, value]
     if plan.preface:

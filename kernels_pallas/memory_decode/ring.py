@@ -106,7 +106,8 @@ class Ring:
     def take(self, row, block):
         """Wait for a block; its keys, its values and how many of its tokens are visible.
 
-        The values behind are made zero: they may hold anything, and zero weight does not undo NaN.
+        What is behind may hold anything. The values there are made zero, since zero weight does
+        not undo NaN, and so are the keys where a visible token shares their row.
         """
         plan = self.plan
         slot = jax.lax.rem(self.state[self.TAKEN], BUFFERS)
@@ -119,6 +120,7 @@ class Ring:
         def _():
             place, column = (jax.lax.broadcasted_iota(jnp.int32, values.shape, a) for a in (0, 1))
             token = place * plan.fold + jax.lax.div(column, plan.token_width)
-            values[...] = jnp.where(token < tokens, values[...], 0)
+            for part in (keys, values) if plan.fold > 1 else (values,):
+                part[...] = jnp.where(token < tokens, part[...], 0)
 
         return keys[...], values[...], tokens

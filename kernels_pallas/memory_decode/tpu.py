@@ -78,8 +78,10 @@ def _small_parts(plan: Plan, preface, slots, valid):
         keys, values = (part[...] for part in slots)
         of_head = _one_hot(plan.scores, plan.kv_heads, (plan.group, 1), valid.dtype)
         of_column = _one_hot(plan.kv_heads, plan.token_width, (1, plan.head_dim), valid.dtype)
-        values = jnp.where(_dot(valid[...], of_column, (0, 0)) > 0.5, values, 0)
-        yield keys, values.astype(keys.dtype), _dot(of_head, valid[...], (1, 0)) > 0.5
+        # An empty slot may hold NaN, which the zeros of the block-diagonal query do not undo.
+        full = _dot(valid[...], of_column, (0, 0)) > 0.5
+        keys, values = (jnp.where(full, part, 0).astype(part.dtype) for part in (keys, values))
+        yield keys, values, _dot(of_head, valid[...], (1, 0)) > 0.5
 
 
 def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_decode import blocked, reference, tpu
+from kernels_pallas.memory_decode import blocked, gpu, reference, tpu
 
 IMPLEMENTATIONS = (
     dispatch.Implementation("tpu", tpu.memory_decode, tpu.unsupported),
+    dispatch.Implementation("gpu", gpu.memory_decode, gpu.unsupported),
     dispatch.Implementation("blocked", blocked.memory_decode, blocked.unsupported),
     dispatch.Implementation("xla", reference.memory_decode, dispatch.always_supported),
 )

@@ -42,21 +42,28 @@ def _attend(query, keys, values, mask, running):
     return highest, total, sums * decay + more
 
 
+def begin(query, preface, slots, slot_valid, kv_heads: int):
+    """The running softmax, B x K x G, of preface and slots."""
+    batch, _, head_dim = query.shape
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    one = (*grouped.shape[:3], 1)
+    running = jnp.full(one, MASKED), jnp.zeros(one), jnp.zeros(grouped.shape, jnp.float32)
+    if preface is not None:
+        everyone = (jnp.broadcast_to(part, (batch, *part.shape)) for part in preface)
+        running = _attend(grouped, *everyone, jnp.ones((1, 1, preface[0].shape[0]), bool), running)
+    if slots is not None:
+        running = _attend(grouped, *slots, slot_valid.swapaxes(1, 2), running)
+    return running
+
+
 def memory_decode(
     query, key, value, *, lengths, preface=None, slots=None, slot_valid=None, tokens_per_row=1
 ):
     """As :func:`reference.memory_decode`."""
     key, value = (unfold(rows, tokens_per_row) for rows in (key, value))
     (batch, _, head_dim), length = query.shape, key.shape[1]
-    block = min(BLOCK, length)
-    grouped = query.reshape(batch, key.shape[-1] // head_dim, -1, head_dim)
-    one = (*grouped.shape[:3], 1)
-    running = jnp.full(one, MASKED), jnp.zeros(one), jnp.zeros(grouped.shape)
-    if preface is not None:
-        everyone = (jnp.broadcast_to(part, (batch, *part.shape)) for part in preface)
-        running = _attend(grouped, *everyone, jnp.ones((1, 1, preface[0].shape[0]), bool), running)
-    if slots is not None:
-        running = _attend(grouped, *slots, slot_valid.swapaxes(1, 2), running)
+    block, kv_heads = min(BLOCK, length), key.shape[-1] // head_dim
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
 
     def step(number, running):
         # The last block begins early enough to fit; what it repeats is masked.
@@ -67,6 +74,7 @@ def memory_decode(
         return _attend(grouped, *part, mask[:, None], running)
 
     blocks = -(-jnp.clip(lengths, 0, length).max(initial=0) // block) if length else 0
+    running = begin(query, preface, slots, slot_valid, kv_heads)
     _, total, sums = jax.lax.fori_loop(0, blocks, step, running)
     out = sums / jnp.where(total > 0, total, 1)
     return out.reshape(query.shape).astype(query.dtype)

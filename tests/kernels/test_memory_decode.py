@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic_gpu.interpret.params import (
+    InterpretGPUParams,
+    force_gpu_interpret_mode,
+)
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_decode import api, blocked, memory_decode, plan, tpu
+from kernels_pallas.memory_decode import api, blocked, gpu, memory_decode, plan, tpu
 
 # Float32 sums in another order. Bfloat16: weights and result are each rounded to 8 bits, and the
 # result is a mean of values.
@@ -104,6 +109,37 @@ def on_tpu(given, block_rows=None):
         return run(given, "tpu", block_rows)
 
 
+@contextlib.contextmanager
+def simulated_gpu():
+    """Copies, barriers and races of a GPU; its products and register layouts have no simulation."""
+
+    def dot(a, b, contract):
+        return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+
+    plain = {
+        (gpu, "_scores"): lambda query, keys: dot(query[...], keys[...], ((1,), (1,))),
+        (gpu, "_weigh"): lambda weights, values: dot(weights, values[...], ((1,), (0,))),
+        (gpu.plgpu, "layout_cast"): lambda array, layout: array,
+        (gpu.plgpu, "broadcasted_iota"): lambda *args, layout: jax.lax.broadcasted_iota(*args),
+        (gpu, "WANTED"): 8,
+    }
+    printed = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        for (module, name), value in plain.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(dispatch.lowering_for("gpu"))
+        stack.enter_context(force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        yield
+    assert "RACE" not in printed.getvalue()
+
+
+def on_gpu(given):
+    """The GPU kernel, simulated."""
+    with simulated_gpu():
+        return run(given, "gpu")
+
+
 def in_blocks(given):
     """The cache walked in blocks of 24 tokens."""
     with mock.patch.object(blocked, "BLOCK", 24):
@@ -177,7 +213,7 @@ def drawn(examples):
     return both
 
 
-@drawn(8)
+@drawn(5)
 def test_blocks_give_what_the_definition_gives(**shapes):
     given = arrays(tokens=48, **shapes)
     np.testing.assert_allclose(in_blocks(given), defined(given), **FLOAT32)
@@ -230,6 +266,31 @@ def test_bfloat16_is_within_its_two_roundings(decode):
     assert found.dtype == jnp.bfloat16
     largest = max(float(jnp.abs(part).max()) for part in (given["value"], given["slots"][1]))
     np.testing.assert_allclose(found.astype(np.float32), exact, rtol=0, atol=BFLOAT16 * largest)
+
+
+def test_the_gpu_kernel_gives_what_the_definition_gives_and_reads_nothing_else():
+    given = arrays((300, 0, 512, 65), tokens=512, dtype=jnp.bfloat16, head_dim=80, group=3)
+    exact = by_loop(
+        jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x, given)
+    )
+    found = on_gpu(poisoned(given))
+    largest = max(float(jnp.abs(part).max()) for part in (given["value"], given["slots"][1]))
+    np.testing.assert_allclose(found.astype(np.float32), exact, rtol=0, atol=BFLOAT16 * largest)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_the_gpu_kernel_lowers_for_cuda(head_dim):
+    given = arrays((0,), tokens=4096, dtype=jnp.bfloat16, head_dim=head_dim, kv_heads=8, group=5)
+    mesh = AbstractMesh(
+        (1,),
+        ("x",),
+        axis_types=(AxisType.Auto,),
+        abstract_device=AbstractDevice("NVIDIA H200", None, platform="gpu"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh), dispatch.lowering_for("gpu"):
+        traced = jax.jit(lambda given: memory_decode(**given, implementation="gpu")).trace(given)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
 
 
 def poisoned(given):
@@ -312,7 +373,18 @@ def test_the_target_decides_which_implementation_runs(monkeypatch):
             memory_decode(**arrays(tokens=36))
             with pytest.raises(NotImplementedError, match="need a multiple of 8 rows, this has 36"):
                 memory_decode(**arrays(tokens=36), implementation="tpu")
-    assert called == ["xla", "blocked", "tpu", "xla"]
+        with dispatch.lowering_for("gpu"):
+            memory_decode(**arrays(tokens=64, dtype=jnp.bfloat16))
+            for changes, message in (
+                (dict(tokens=96), "multiples of 64 tokens, not 96"),
+                (dict(group=9), "at most 8 query heads share a kv head, not 9"),
+                (dict(head_dim=24), "multiples of 16 up to 256 wide, not 24"),
+                (dict(dtype=np.float32), "bfloat16 here, not float32"),
+            ):
+                given = arrays(**{**dict(tokens=64, dtype=jnp.bfloat16), **changes})
+                with pytest.raises(NotImplementedError, match=message):
+                    memory_decode(**given, implementation="gpu")
+    assert called == ["xla", "blocked", "tpu", "xla", "gpu"]
 
 
 @pytest.mark.parametrize("batch", [1, 32, 256])

@@ -11,6 +11,9 @@ SUBLANES, LANES = 8, 128
 BLOCK_BYTES = 1_310_720
 MOST_BLOCK_ROWS = 1024
 BUFFERS = 3
+# Sequences in one grid step, where their caches are short: one waits for the results of its matrix
+# products and reductions while another computes.
+MOST_TOGETHER = 4
 # A block that is not full is copied in units of at most this many rows.
 UNIT = 64
 
@@ -61,10 +64,13 @@ class Plan:
         return self.fold * self.token_width
 
     @property
+    def _row_bytes(self) -> int:
+        return 2 * _up(self.width, LANES) * self.itemsize
+
+    @property
     def block(self) -> int:
         """Cache rows of a block."""
-        row = 2 * _up(self.width, LANES) * self.itemsize
-        rows = min(MOST_BLOCK_ROWS, BLOCK_BYTES // row) // LANES * LANES
+        rows = min(MOST_BLOCK_ROWS, BLOCK_BYTES // self._row_bytes) // LANES * LANES
         return min(max(rows, LANES), _up(self.span, LANES))
 
     @property
@@ -83,14 +89,27 @@ class Plan:
         return self.batch * self.splits
 
     @property
+    def together(self) -> int:
+        """Rows of one grid step: as many short caches as make a block, a divisor of the batch."""
+        if self.splits > 1 or self.length > self.block:
+            return 1
+        most = min(MOST_TOGETHER, BLOCK_BYTES // (self.block * self._row_bytes), self.batch)
+        return max(n for n in range(1, max(most, 1) + 1) if self.batch % n == 0)
+
+    @property
+    def turns(self) -> int:
+        """Grid steps."""
+        return self.rows // self.together
+
+    @property
     def groups(self) -> int:
-        """Parts of the rows that two cores of a chip may work on side by side."""
-        return min(2, self.rows)
+        """Parts of the turns that two cores of a chip may work on side by side."""
+        return min(2, self.turns)
 
     @property
     def per_group(self) -> int:
-        """Rows of a group; the last group may have fewer."""
-        return -(-self.rows // self.groups)
+        """Turns of a group; the last group may have fewer."""
+        return -(-self.turns // self.groups)
 
     def floor_bytes(self, lengths: Sequence[int]) -> int:
         """Visible cache rows, slots, preface, query and output, each once."""

@@ -1,5 +1,7 @@
 """The copies of the TPU kernel: blocks of the cache through a ring of buffers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -16,11 +18,11 @@ def parts(total, size: int):
 class Ring:
     """Blocks of the cache on their way to VMEM, in the order in which they are attended to.
 
-    ``state`` in SMEM: the row and block to be sent for next, how many were sent for, how many were
+    ``state`` in SMEM: the turn and block to be sent for next, how many were sent for, how many were
     taken. Both counts go on from one grid step to the next.
     """
 
-    ROW, BLOCK, SENT, TAKEN = range(4)
+    TURN, BLOCK, SENT, TAKEN = range(4)
 
     def __init__(self, plan: Plan, lengths, hbm, buffers, semaphores, state):
         self.plan, self.lengths, self.hbm = plan, lengths, hbm
@@ -34,23 +36,31 @@ class Ring:
         length = jnp.minimum(length, plan.length * plan.fold)
         return jnp.clip(length - split * plan.span * plan.fold, 0, plan.span * plan.fold)
 
-    def blocks(self, row):
-        """Blocks of the cache that hold visible tokens of a row of the grid."""
-        return parts(self.tokens(row), self.plan.block * self.plan.fold)
+    def blocks(self, turn):
+        """Blocks of the longest cache of a turn that hold visible tokens."""
+        rows = (turn * self.plan.together + member for member in range(self.plan.together))
+        longest = functools.reduce(jnp.maximum, map(self.tokens, rows))
+        return parts(longest, self.plan.block * self.plan.fold)
 
-    def _first_with_any(self, row, end):
-        """The first row from ``row`` on, before ``end``, that has visible tokens."""
+    def _first_with_any(self, turn, end):
+        """The first turn from ``turn`` on, before ``end``, that has visible tokens."""
 
-        def empty(row):
-            return (row < end) & (self.tokens(row) == 0)
+        def empty(turn):
+            return (turn < end) & (self.blocks(turn) == 0)
 
         def step(carry):
-            row = carry[0] + 1
-            return row, empty(row)
+            turn = carry[0] + 1
+            return turn, empty(turn)
 
-        return jax.lax.while_loop(lambda carry: carry[1], step, (row, empty(row)))[0]
+        return jax.lax.while_loop(lambda carry: carry[1], step, (turn, empty(turn)))[0]
 
-    def _transfer(self, row, block, slot, act):
+    def _transfer(self, turn, block, slot, act):
+        """``act`` on each copy of a block for every member of a turn."""
+        for member in range(self.plan.together):
+            row = turn * self.plan.together + member
+            self._transfer_row(row, block, slot * self.plan.together + member, slot, act)
+
+    def _transfer_row(self, row, block, place, slot, act):
         """``act`` on each copy of a block: one, or several where the block is not full."""
         plan = self.plan
         sequence, split = jax.lax.div(row, plan.splits), jax.lax.rem(row, plan.splits)
@@ -61,7 +71,7 @@ class Ring:
             start = pl.multiple_of(first + offset, plan.unit)
             return pltpu.make_async_copy(
                 self.hbm[which].at[sequence, pl.ds(start, size)],
-                self.buffers[which].at[slot, pl.ds(pl.multiple_of(offset, plan.unit), size)],
+                self.buffers[which].at[place, pl.ds(pl.multiple_of(offset, plan.unit), size)],
                 self.semaphores.at[which, slot],
             )
 
@@ -79,9 +89,9 @@ class Ring:
                 for which in range(2):
                     act(copy(which, number * plan.unit, plan.unit))
 
-    def begin(self, row, end):
-        """Send for the first blocks of the rows from ``row`` to ``end``."""
-        self.state[self.ROW] = self._first_with_any(row, end)
+    def begin(self, turn, end):
+        """Send for the first blocks of the turns from ``turn`` to ``end``."""
+        self.state[self.TURN] = self._first_with_any(turn, end)
         for at in (self.BLOCK, self.SENT, self.TAKEN):
             self.state[at] = 0
         for _ in range(BUFFERS - 1):
@@ -89,32 +99,42 @@ class Ring:
 
     def send(self, end):
         """Send for the next block, if one is left, into the buffer that was taken last."""
-        row, block = self.state[self.ROW], self.state[self.BLOCK]
+        turn, block = self.state[self.TURN], self.state[self.BLOCK]
 
-        @pl.when(row < end)
+        @pl.when(turn < end)
         def _():
             slot = jax.lax.rem(self.state[self.SENT], BUFFERS)
-            self._transfer(row, block, slot, lambda copy: copy.start())
+            self._transfer(turn, block, slot, lambda copy: copy.start())
             self.state[self.SENT] += 1
-            over = block + 1 >= self.blocks(row)
+            over = block + 1 >= self.blocks(turn)
             self.state[self.BLOCK] = jnp.where(over, 0, block + 1)
 
             @pl.when(over)
             def _():
-                self.state[self.ROW] = self._first_with_any(row + 1, end)
+                self.state[self.TURN] = self._first_with_any(turn + 1, end)
 
-    def take(self, row, block):
-        """Wait for a block; its keys, its values and how many of its tokens are visible.
-
-        What is behind may hold anything. The values there are made zero, since zero weight does
-        not undo NaN, and so are the keys where a visible token shares their row.
-        """
-        plan = self.plan
+    def take(self, turn, block):
+        """Wait for a block; for each member its keys, values and how many tokens are visible."""
         slot = jax.lax.rem(self.state[self.TAKEN], BUFFERS)
         self.state[self.TAKEN] += 1
-        self._transfer(row, block, slot, lambda copy: copy.wait())
-        tokens = self.tokens(row) - block * plan.block * plan.fold
-        keys, values = (buffer.at[slot] for buffer in self.buffers)
+        self._transfer(turn, block, slot, lambda copy: copy.wait())
+        members = []
+        for member in range(self.plan.together):
+            before = block * self.plan.block * self.plan.fold
+            tokens = self.tokens(turn * self.plan.together + member) - before
+            place = slot * self.plan.together + member
+            keys, values = (buffer.at[place] for buffer in self.buffers)
+            self._clear_behind(keys, values, tokens)
+            members.append((keys, values, tokens))
+        return members
+
+    def _clear_behind(self, keys, values, tokens):
+        """Zeros for what is behind the visible tokens, which may hold anything.
+
+        Zero weight does not undo the NaN of a value. Keys need it where a visible token shares
+        their row, since the zeros of the block-diagonal query do not undo it either.
+        """
+        plan = self.plan
 
         @pl.when(tokens < plan.block * plan.fold)
         def _():
@@ -122,5 +142,3 @@ class Ring:
             token = place * plan.fold + jax.lax.div(column, plan.token_width)
             for part in (keys, values) if plan.fold > 1 else (values,):
                 part[...] = jnp.where(token < tokens, part[...], 0)
-
-        return keys[...], values[...], tokens

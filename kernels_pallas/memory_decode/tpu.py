@@ -111,19 +111,19 @@ def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
 def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
     """Take a block of the cache, of which ``tokens`` are visible, into the running softmax."""
     top, total, sums = running
-    scores = _dot(spread_query, keys, (1, 1)) * plan.head_dim**-0.5
+    scores = _dot(spread_query, keys[...], (1, 1)) * plan.head_dim**-0.5
     row, place = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
     token = place * plan.fold + jax.lax.div(row, plan.heads) if plan.fold > 1 else place
     scores = jnp.where(token < tokens, scores, MASKED)
     before = top[:, :1]
     highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
     weights = jnp.exp(scores - highest)
-    if plan.fold > 1:  # A short sequence leaves rows of scores without any token.
+    if plan.fold * plan.together > 1:  # There may be rows of scores without any token.
         weights = jnp.where(token < tokens, weights, 0)
     decay = jnp.exp(before - highest)
     top[...] = jnp.broadcast_to(highest, top.shape)
     total[...] = total[...] * decay + _lane_sums(weights)
-    sums[...] = sums[...] * decay + _dot(weights.astype(values.dtype), values, (1, 0))
+    sums[...] = sums[...] * decay + _dot(weights.astype(values.dtype), values[...], (1, 0))
 
 
 def _finish(plan: Plan, running, spread, own, out, log_total):
@@ -165,53 +165,63 @@ def _kernel(lengths, *refs, plan: Plan):
     preface = (refs.pop(0), refs.pop(0)) if plan.preface else None
     slots, valid = ((refs.pop(0), refs.pop(0)), refs.pop(0)) if plan.slots else (None, None)
     out, log_total = refs.pop(0), refs.pop(0) if plan.splits > 1 else None
-    spread, own, top, total, sums, *buffers, semaphores, state = refs
+    spread, own, spread_query, top, total, sums, *buffers, semaphores, state = refs
     ring = Ring(plan, lengths, hbm, buffers, semaphores, state)
-    running = top, total, sums
     first = pl.program_id(0) * plan.per_group
-    end = jnp.minimum(first + plan.per_group, plan.rows)
-    row = first + pl.program_id(1)
+    end = jnp.minimum(first + plan.per_group, plan.turns)
+    turn = first + pl.program_id(1)
+    members = [
+        (spread_query.at[member], (top.at[member], total.at[member], sums.at[member]))
+        for member in range(plan.together)
+    ]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         ring.begin(first, end)
         _constants(plan, spread, own)
 
-    @pl.when(row < end)
+    def begin(with_small):
+        for member, (wide, running) in enumerate(members):
+            wide[...] = _spread(plan, query[member], spread, own)
+            here = None if slots is None else tuple(part.at[member] for part in slots)
+            full = None if valid is None else valid.at[member]
+            small = (preface, here, full) if with_small else (None, None, None)
+            _attend_small(plan, wide[...], *small, running)
+
+    @pl.when(turn < end)
     def _():
-        spread_query = _spread(plan, query[...], spread, own)
-
-        def small(*with_parts):
-            _attend_small(plan, spread_query, *with_parts, running)
-
         if plan.splits == 1:
-            small(preface, slots, valid)
-        else:
-            pl.when(jax.lax.rem(row, plan.splits) == 0)(lambda: small(preface, slots, valid))
-            pl.when(jax.lax.rem(row, plan.splits) != 0)(lambda: small(None, None, None))
+            begin(True)
+        else:  # A turn is one row: the first split has the preface and the slots.
+            pl.when(jax.lax.rem(turn, plan.splits) == 0)(lambda: begin(True))
+            pl.when(jax.lax.rem(turn, plan.splits) != 0)(lambda: begin(False))
 
-        @pl.loop(0, ring.blocks(row))
+        @pl.loop(0, ring.blocks(turn))
         def _(block):
             ring.send(end)
-            _attend_block(plan, spread_query, *ring.take(row, block), running)
+            taken = ring.take(turn, block)
+            for (wide, running), part in zip(members, taken, strict=True):
+                _attend_block(plan, wide[...], *part, running)
 
-        _finish(plan, running, spread, own, out, log_total)
+        for member, (_, running) in enumerate(members):
+            logs = None if log_total is None else log_total.at[member]
+            _finish(plan, running, spread, own, out.at[member], logs)
 
 
 def _specs(plan: Plan, dtype):
     """Specs of the inputs and outputs; shapes of the outputs and of the scratch memory."""
 
-    def row(group, step):
-        return jnp.minimum(group * plan.per_group + step, plan.rows - 1)
+    def turn(group, step):
+        return jnp.minimum(group * plan.per_group + step, plan.turns - 1)
 
     def of_sequence(*shape):
         def sequence(group, step, _):
-            return jax.lax.div(row(group, step), plan.splits), 0, 0
+            return jax.lax.div(turn(group, step), plan.splits), 0, 0
 
-        return pl.BlockSpec((None, *shape), sequence)
+        return pl.BlockSpec((plan.together, *shape), sequence)
 
     def of_row(*shape):
-        return pl.BlockSpec((None, *shape), lambda g, j, _: (row(g, j), 0, 0))
+        return pl.BlockSpec((plan.together, *shape), lambda g, j, _: (turn(g, j), 0, 0))
 
     inputs = [of_sequence(plan.heads, plan.head_dim), *[pl.BlockSpec(memory_space=pltpu.HBM)] * 2]
     if plan.preface:
@@ -227,12 +237,14 @@ def _specs(plan: Plan, dtype):
             jax.ShapeDtypeStruct(shapes[0].shape, jnp.float32),
             jax.ShapeDtypeStruct((plan.rows, plan.heads, 1), jnp.float32),
         ]
+    wide = plan.together, plan.scores, plan.width
     scratch = [
         pltpu.VMEM((plan.head_dim, plan.width), dtype),
-        pltpu.VMEM((plan.scores, plan.width), jnp.float32),
-        *[pltpu.VMEM((plan.scores, LANES), jnp.float32)] * 2,
-        pltpu.VMEM((plan.scores, plan.width), jnp.float32),
-        *[pltpu.VMEM((BUFFERS, plan.block, plan.width), dtype)] * 2,
+        pltpu.VMEM(wide[1:], jnp.float32),
+        pltpu.VMEM(wide, dtype),
+        *[pltpu.VMEM((*wide[:2], LANES), jnp.float32)] * 2,
+        pltpu.VMEM(wide, jnp.float32),
+        *[pltpu.VMEM((BUFFERS * plan.together, plan.block, plan.width), dtype)] * 2,
         pltpu.SemaphoreType.DMA((2, BUFFERS)),
         pltpu.SMEM((4,), jnp.int32),
     ]

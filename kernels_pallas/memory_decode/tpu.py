@@ -13,6 +13,8 @@ block of each sequence, in the same running softmax.
 """
 
 import functools
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,16 @@ def _dot(a, b, contract: tuple[int, int]):
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+def _side_by_side(computations: Iterable[Iterator[None]]) -> None:
+    """Emit the operations of several computations in turns.
+
+    Each yields where it would wait for a matrix product or a reduction: the compiler keeps more or
+    less to the order of the program, so another one has to come next there.
+    """
+    for _ in itertools.zip_longest(*computations):
+        pass
 
 
 def _constants(plan: Plan, spread, own):
@@ -88,17 +100,22 @@ def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
     """Begin the running softmax with the preface and the slots."""
     top, total, sums = running
     parts = list(_small_parts(plan, preface, slots, valid))
+    yield
     highest, scores = jnp.full((plan.scores, 1), MASKED, jnp.float32), []
     for keys, _, mask in parts:
         score = _dot(spread_query[:, : plan.token_width], keys, (1, 1)) * plan.head_dim**-0.5
         scores.append(jnp.where(mask, score, MASKED))
-        highest = jnp.maximum(highest, scores[-1].max(axis=1, keepdims=True))
+    yield
+    for score in scores:
+        highest = jnp.maximum(highest, score.max(axis=1, keepdims=True))
+    yield
     ones = jnp.zeros((plan.scores, 1), jnp.float32)
     summed = jnp.zeros((plan.scores, plan.token_width), jnp.float32)
     for (_, values, mask), score in zip(parts, scores, strict=True):
         weights = jnp.where(mask, jnp.exp(score - highest), 0)
         ones += weights.sum(axis=1, keepdims=True)
         summed += _dot(weights.astype(values.dtype), values, (1, 0))
+    yield
     top[...] = jnp.broadcast_to(highest, top.shape)
     # The total is the sum over its lanes.
     first = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1) == 0
@@ -114,49 +131,66 @@ def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
     scores = _dot(spread_query, keys[...], (1, 1)) * plan.head_dim**-0.5
     row, place = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
     token = place * plan.fold + jax.lax.div(row, plan.heads) if plan.fold > 1 else place
+    yield
     scores = jnp.where(token < tokens, scores, MASKED)
     before = top[:, :1]
     highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+    yield
     weights = jnp.exp(scores - highest)
     if plan.fold * plan.together > 1:  # There may be rows of scores without any token.
         weights = jnp.where(token < tokens, weights, 0)
     decay = jnp.exp(before - highest)
+    more = _dot(weights.astype(values.dtype), values[...], (1, 0))
+    yield
     top[...] = jnp.broadcast_to(highest, top.shape)
     total[...] = total[...] * decay + _lane_sums(weights)
-    sums[...] = sums[...] * decay + _dot(weights.astype(values.dtype), values[...], (1, 0))
+    sums[...] = sums[...] * decay + more
+
+
+def _own_columns(sums, spread):
+    """The H columns of every row that are not zero, by a product that only moves them."""
+    if spread.dtype == jnp.float32:
+        return _dot(sums, spread[...], (1, 1))
+    high = sums.astype(spread.dtype)  # Two terms of 8 bits each: the result has no more.
+    low = (sums - high.astype(jnp.float32)).astype(spread.dtype)
+    return _dot(high, spread[...], (1, 1)) + _dot(low, spread[...], (1, 1))
 
 
 def _finish(plan: Plan, running, spread, own, out, log_total):
-    """Divide, keep each head's own columns; where nothing was visible, zeros.
+    """Keep each head's own columns and divide; where nothing was visible, zeros.
 
     The tokens of a cache row have each their own running softmax, merged here.
     """
     top, total, sums = running
-    of_token = [pl.ds(number * plan.heads, plan.heads) for number in range(plan.fold)]
-    highest = functools.reduce(jnp.maximum, [top[rows, :1] for rows in of_token])
+    moved = _own_columns(jnp.where(own[...] > 0, sums[...], 0), spread)
+    yield
+    first = [number * plan.heads for number in range(plan.fold)]
+    tops = [top[pl.ds(at, plan.heads), :1] for at in first]
+    highest = functools.reduce(jnp.maximum, tops)
     weight, mean = 0.0, 0.0
-    for rows in of_token:
-        share = jnp.exp(top[rows, :1] - highest)
-        weight += share * total[rows].sum(axis=1, keepdims=True)
-        mean += share * jnp.where(own[rows] > 0, sums[rows], 0)
-    mean = mean / jnp.where(weight > 0, weight, 1)
-    if plan.fold == 1:  # The product only moves it: round to the output's type before.
-        mean = mean.astype(out.dtype)
-    out[...] = _dot(mean, spread[...].astype(mean.dtype), (1, 1)).astype(out.dtype)
+    for at, top_here in zip(first, tops, strict=True):
+        share = jnp.exp(top_here - highest)
+        weight += share * total[pl.ds(at, plan.heads)].sum(axis=1, keepdims=True)
+        mean += share * moved[at : at + plan.heads]
+    yield
+    out[...] = (mean / jnp.where(weight > 0, weight, 1)).astype(out.dtype)
     if log_total is not None:
         log = highest + jnp.log(jnp.where(weight > 0, weight, 1))
         log_total[...] = jnp.where(weight > 0, log, MASKED)
 
 
-def _spread(plan: Plan, query, spread, own):
+def _spread(plan: Plan, query, spread, own, out):
     """The block-diagonal query."""
+    query = query[...]
     if plan.fold > 1:
         places = (jax.lax.broadcasted_iota(jnp.int32, (plan.scores, plan.heads), a) for a in (0, 1))
         row, head = places
         query = _dot((jax.lax.rem(row, plan.heads) == head).astype(query.dtype), query, (1, 0))
         query = query.astype(spread.dtype)
+        yield
     wide = _dot(query, spread[...], (1, 0))
-    return jnp.where(own[...] > 0, wide, 0).astype(query.dtype)
+    yield
+    out[...] = jnp.where(own[...] > 0, wide, 0).astype(out.dtype)
 
 
 def _kernel(lengths, *refs, plan: Plan):
@@ -181,12 +215,20 @@ def _kernel(lengths, *refs, plan: Plan):
         _constants(plan, spread, own)
 
     def begin(with_small):
-        for member, (wide, running) in enumerate(members):
-            wide[...] = _spread(plan, query[member], spread, own)
+        def small(member):
+            if not with_small:
+                return None, None, None
             here = None if slots is None else tuple(part.at[member] for part in slots)
-            full = None if valid is None else valid.at[member]
-            small = (preface, here, full) if with_small else (None, None, None)
-            _attend_small(plan, wide[...], *small, running)
+            return preface, here, None if valid is None else valid.at[member]
+
+        _side_by_side(
+            _spread(plan, query.at[member], spread, own, wide)
+            for member, (wide, _) in enumerate(members)
+        )
+        _side_by_side(
+            _attend_small(plan, wide[...], *small(member), running)
+            for member, (wide, running) in enumerate(members)
+        )
 
     @pl.when(turn < end)
     def _():
@@ -200,12 +242,16 @@ def _kernel(lengths, *refs, plan: Plan):
         def _(block):
             ring.send(end)
             taken = ring.take(turn, block)
-            for (wide, running), part in zip(members, taken, strict=True):
+            _side_by_side(
                 _attend_block(plan, wide[...], *part, running)
+                for (wide, running), part in zip(members, taken, strict=True)
+            )
 
-        for member, (_, running) in enumerate(members):
-            logs = None if log_total is None else log_total.at[member]
-            _finish(plan, running, spread, own, out.at[member], logs)
+        logs = [None if log_total is None else log_total.at[m] for m in range(plan.together)]
+        _side_by_side(
+            _finish(plan, running, spread, own, out.at[member], logs[member])
+            for member, (_, running) in enumerate(members)
+        )
 
 
 def _specs(plan: Plan, dtype):

@@ -147,36 +147,47 @@ def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
     sums[...] = sums[...] * decay + more
 
 
-def _own_columns(sums, spread):
+def _own_columns(mean, spread, dtype):
     """The H columns of every row that are not zero, by a product that only moves them."""
     if spread.dtype == jnp.float32:
-        return _dot(sums, spread[...], (1, 1))
-    high = sums.astype(spread.dtype)  # Two terms of 8 bits each: the result has no more.
-    low = (sums - high.astype(jnp.float32)).astype(spread.dtype)
-    return _dot(high, spread[...], (1, 1)) + _dot(low, spread[...], (1, 1))
+        return _dot(mean, spread[...], (1, 1))
+    high = mean.astype(spread.dtype)
+    moved = _dot(high, spread[...], (1, 1))
+    if dtype == spread.dtype:  # Already rounded as the result is.
+        return moved
+    low = (mean - high.astype(jnp.float32)).astype(spread.dtype)
+    return moved + _dot(low, spread[...], (1, 1))
+
+
+def _not_zero(weight):
+    return jnp.where(weight > 0, weight, 1)
 
 
 def _finish(plan: Plan, running, spread, own, out, log_total):
-    """Keep each head's own columns and divide; where nothing was visible, zeros.
+    """Divide, keep each head's own columns; where nothing was visible, zeros.
 
     The tokens of a cache row have each their own running softmax, merged here.
     """
     top, total, sums = running
-    moved = _own_columns(jnp.where(own[...] > 0, sums[...], 0), spread)
+    mean = sums[...] / _not_zero(total[...].sum(axis=1, keepdims=True))
+    wanted = out.dtype if plan.fold == 1 else jnp.float32
+    moved = _own_columns(jnp.where(own[...] > 0, mean, 0), spread, wanted)
     yield
-    first = [number * plan.heads for number in range(plan.fold)]
-    tops = [top[pl.ds(at, plan.heads), :1] for at in first]
-    highest = functools.reduce(jnp.maximum, tops)
-    weight, mean = 0.0, 0.0
-    for at, top_here in zip(first, tops, strict=True):
-        share = jnp.exp(top_here - highest)
-        weight += share * total[pl.ds(at, plan.heads)].sum(axis=1, keepdims=True)
-        mean += share * moved[at : at + plan.heads]
+    highest, weight = top[:, :1], total[...].sum(axis=1, keepdims=True)
+    if plan.fold > 1:
+        tokens = [pl.ds(number * plan.heads, plan.heads) for number in range(plan.fold)]
+        highest = functools.reduce(jnp.maximum, [top[rows, :1] for rows in tokens])
+        weights = [
+            jnp.exp(top[rows, :1] - highest) * total[rows].sum(axis=1, keepdims=True)
+            for rows in tokens
+        ]
+        weight = sum(weights)
+        parts = [moved[rows.start : rows.start + rows.size] for rows in tokens]
+        moved = sum(w * part for w, part in zip(weights, parts, strict=True)) / _not_zero(weight)
     yield
-    out[...] = (mean / jnp.where(weight > 0, weight, 1)).astype(out.dtype)
+    out[...] = moved.astype(out.dtype)
     if log_total is not None:
-        log = highest + jnp.log(jnp.where(weight > 0, weight, 1))
-        log_total[...] = jnp.where(weight > 0, log, MASKED)
+        log_total[...] = jnp.where(weight > 0, highest + jnp.log(_not_zero(weight)), MASKED)
 
 
 def _spread(plan: Plan, query, spread, own, out):
@@ -297,6 +308,16 @@ def _specs(plan: Plan, dtype):
     return inputs, outputs, shapes, scratch
 
 
+def _cost(plan: Plan) -> pl.CostEstimate:
+    """Of full caches: their lengths are not known while compiling."""
+    scores = plan.rows * plan.span * plan.scores
+    return pl.CostEstimate(
+        flops=4 * scores * plan.width,
+        transcendentals=scores,
+        bytes_accessed=plan.copied_bytes([plan.length * plan.fold] * plan.batch),
+    )
+
+
 def plan_of(query, key, *, preface=None, slots=None, splits=None, tokens_per_row=1, **_) -> Plan:
     """The sizes of a call."""
     return Plan(
@@ -368,6 +389,7 @@ def memory_decode(
             dimension_semantics=("parallel", "arbitrary"),
             disable_bounds_checks=True,
         ),
+        cost_estimate=_cost(plan),
         name="memory_decode",
     )(lengths.astype(jnp.int32), *operands)
     return found[0] if plan.splits == 1 else _merge(plan, *found).astype(query.dtype)

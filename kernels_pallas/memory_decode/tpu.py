@@ -25,7 +25,9 @@ from kernels_pallas import dispatch
 from kernels_pallas.memory_decode.plan import BUFFERS, LANES, Plan
 from kernels_pallas.memory_decode.ring import Ring
 
-# In place of minus infinity, so that the difference of two is 0 and not NaN.
+# In place of minus infinity, so that the difference of two is 0 and not NaN. Where nothing has been
+# visible, weights are therefore 1, but of values that are 0; the first score that counts takes them
+# away, in the running softmax as in the merges, and so need not be masked twice.
 MASKED = -1e30
 
 
@@ -111,8 +113,8 @@ def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
     yield
     ones = jnp.zeros((plan.scores, 1), jnp.float32)
     summed = jnp.zeros((plan.scores, plan.token_width), jnp.float32)
-    for (_, values, mask), score in zip(parts, scores, strict=True):
-        weights = jnp.where(mask, jnp.exp(score - highest), 0)
+    for (_, values, _), score in zip(parts, scores, strict=True):
+        weights = jnp.exp(score - highest)
         ones += weights.sum(axis=1, keepdims=True)
         summed += _dot(weights.astype(values.dtype), values, (1, 0))
     yield
@@ -137,8 +139,6 @@ def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
     highest = jnp.maximum(before, scores.max(axis=1, keepdims=True))
     yield
     weights = jnp.exp(scores - highest)
-    if plan.fold * plan.together > 1:  # There may be rows of scores without any token.
-        weights = jnp.where(token < tokens, weights, 0)
     decay = jnp.exp(before - highest)
     more = _dot(weights.astype(values.dtype), values[...], (1, 0))
     yield

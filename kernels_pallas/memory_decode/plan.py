@@ -14,6 +14,8 @@ BUFFERS = 3
 # Sequences in one grid step, where their caches are short: one waits for the results of its matrix
 # products and reductions while another computes.
 MOST_TOGETHER = 4
+# The least that a chip's compiler lets a kernel use is 16 MiB.
+VMEM_BYTES = 14 << 20
 # A block that is not full is copied in units of at most this many rows.
 UNIT = 64
 
@@ -110,6 +112,16 @@ class Plan:
     def per_group(self) -> int:
         """Turns of a group; the last group may have fewer."""
         return -(-self.turns // self.groups)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """What the kernel keeps in VMEM, without the compiler's own."""
+        width = _up(self.width, LANES)
+        ring = BUFFERS * self.together * self.block * self._row_bytes
+        spread = self.head_dim * width * self.itemsize
+        running = self.scores * width * (4 + self.together * (4 + self.itemsize))
+        small = 2 * (self.together * self.slots + self.preface) * self._row_bytes // self.fold
+        return ring + spread + running + small
 
     def floor_bytes(self, lengths: Sequence[int]) -> int:
         """Visible cache rows, slots, preface, query and output, each once."""

@@ -15,6 +15,7 @@ block of each sequence, in the same running softmax.
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import dispatch
-from kernels_pallas.memory_decode.plan import BUFFERS, LANES, Plan
+from kernels_pallas.memory_decode.heads import constants, dot, one_hot, own_columns, spread_out
+from kernels_pallas.memory_decode.plan import BUFFERS, LANES, VMEM_BYTES, Plan
 from kernels_pallas.memory_decode.ring import Ring
 
 # In place of minus infinity, so that the difference of two is 0 and not NaN. Where nothing has been
 # visible, weights are therefore 1, but of values that are 0; the first score that counts takes them
 # away, in the running softmax as in the merges, and so need not be masked twice.
 MASKED = -1e30
-
-
-def _dot(a, b, contract: tuple[int, int]):
-    """A product in float32; float32 operands are not rounded."""
-    if 1 in (*a.shape, *b.shape):  # The compiler has no bfloat16 product of a single row.
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _side_by_side(computations: Iterable[Iterator[None]]) -> None:
@@ -53,24 +41,6 @@ def _side_by_side(computations: Iterable[Iterator[None]]) -> None:
     """
     for _ in itertools.zip_longest(*computations):
         pass
-
-
-def _constants(plan: Plan, spread, own):
-    """What every sequence needs.
-
-    spread: H x W, the unit matrix again and again, for a cache row of W columns.
-    own: RN x W, 1 where a row of scores has its columns; row r N + n is of token r and head n.
-    """
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, spread.shape, axis) for axis in (0, 1))
-    spread[...] = (jax.lax.rem(column, plan.head_dim) == row).astype(spread.dtype)
-    own[...] = _one_hot(*own.shape, (plan.group, plan.head_dim), own.dtype)
-
-
-def _one_hot(rows: int, columns: int, group: tuple[int, int], dtype):
-    """1 where the kv head of a row is that of a column; ``group`` of either make up a kv head."""
-    places = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in range(2))
-    row, column = (jax.lax.div(place, size) for place, size in zip(places, group, strict=True))
-    return (row == column).astype(dtype)
 
 
 def _lane_sums(weights):
@@ -90,12 +60,12 @@ def _small_parts(plan: Plan, preface, slots, valid):
         yield keys, values, row < plan.heads
     if slots is not None:
         keys, values = (part[...] for part in slots)
-        of_head = _one_hot(plan.scores, plan.kv_heads, (plan.group, 1), valid.dtype)
-        of_column = _one_hot(plan.kv_heads, plan.token_width, (1, plan.head_dim), valid.dtype)
+        of_head = one_hot(plan.scores, plan.kv_heads, (plan.group, 1), valid.dtype)
+        of_column = one_hot(plan.kv_heads, plan.token_width, (1, plan.head_dim), valid.dtype)
         # An empty slot may hold NaN, which the zeros of the block-diagonal query do not undo.
-        full = _dot(valid[...], of_column, (0, 0)) > 0.5
+        full = dot(valid[...], of_column, (0, 0)) > 0.5
         keys, values = (jnp.where(full, part, 0).astype(part.dtype) for part in (keys, values))
-        yield keys, values, _dot(of_head, valid[...], (1, 0)) > 0.5
+        yield keys, values, dot(of_head, valid[...], (1, 0)) > 0.5
 
 
 def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
@@ -105,7 +75,7 @@ def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
     yield
     highest, scores = jnp.full((plan.scores, 1), MASKED, jnp.float32), []
     for keys, _, mask in parts:
-        score = _dot(spread_query[:, : plan.token_width], keys, (1, 1)) * plan.head_dim**-0.5
+        score = dot(spread_query[:, : plan.token_width], keys, (1, 1)) * plan.head_dim**-0.5
         scores.append(jnp.where(mask, score, MASKED))
     yield
     for score in scores:
@@ -116,7 +86,7 @@ def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
     for (_, values, _), score in zip(parts, scores, strict=True):
         weights = jnp.exp(score - highest)
         ones += weights.sum(axis=1, keepdims=True)
-        summed += _dot(weights.astype(values.dtype), values, (1, 0))
+        summed += dot(weights.astype(values.dtype), values, (1, 0))
     yield
     top[...] = jnp.broadcast_to(highest, top.shape)
     # The total is the sum over its lanes.
@@ -130,7 +100,7 @@ def _attend_small(plan: Plan, spread_query, preface, slots, valid, running):
 def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
     """Take a block of the cache, of which ``tokens`` are visible, into the running softmax."""
     top, total, sums = running
-    scores = _dot(spread_query, keys[...], (1, 1)) * plan.head_dim**-0.5
+    scores = dot(spread_query, keys[...], (1, 1)) * plan.head_dim**-0.5
     row, place = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
     token = place * plan.fold + jax.lax.div(row, plan.heads) if plan.fold > 1 else place
     yield
@@ -140,23 +110,11 @@ def _attend_block(plan: Plan, spread_query, keys, values, tokens, running):
     yield
     weights = jnp.exp(scores - highest)
     decay = jnp.exp(before - highest)
-    more = _dot(weights.astype(values.dtype), values[...], (1, 0))
+    more = dot(weights.astype(values.dtype), values[...], (1, 0))
     yield
     top[...] = jnp.broadcast_to(highest, top.shape)
     total[...] = total[...] * decay + _lane_sums(weights)
     sums[...] = sums[...] * decay + more
-
-
-def _own_columns(mean, spread, dtype):
-    """The H columns of every row that are not zero, by a product that only moves them."""
-    if spread.dtype == jnp.float32:
-        return _dot(mean, spread[...], (1, 1))
-    high = mean.astype(spread.dtype)
-    moved = _dot(high, spread[...], (1, 1))
-    if dtype == spread.dtype:  # Already rounded as the result is.
-        return moved
-    low = (mean - high.astype(jnp.float32)).astype(spread.dtype)
-    return moved + _dot(low, spread[...], (1, 1))
 
 
 def _not_zero(weight):
@@ -171,7 +129,7 @@ def _finish(plan: Plan, running, spread, own, out, log_total):
     top, total, sums = running
     mean = sums[...] / _not_zero(total[...].sum(axis=1, keepdims=True))
     wanted = out.dtype if plan.fold == 1 else jnp.float32
-    moved = _own_columns(jnp.where(own[...] > 0, mean, 0), spread, wanted)
+    moved = own_columns(jnp.where(own[...] > 0, mean, 0), spread, wanted)
     yield
     highest, weight = top[:, :1], total[...].sum(axis=1, keepdims=True)
     if plan.fold > 1:
@@ -190,79 +148,100 @@ def _finish(plan: Plan, running, spread, own, out, log_total):
         log_total[...] = jnp.where(weight > 0, highest + jnp.log(_not_zero(weight)), MASKED)
 
 
-def _spread(plan: Plan, query, spread, own, out):
-    """The block-diagonal query."""
-    query = query[...]
-    if plan.fold > 1:
-        places = (jax.lax.broadcasted_iota(jnp.int32, (plan.scores, plan.heads), a) for a in (0, 1))
-        row, head = places
-        query = _dot((jax.lax.rem(row, plan.heads) == head).astype(query.dtype), query, (1, 0))
-        query = query.astype(spread.dtype)
-        yield
-    wide = _dot(query, spread[...], (1, 0))
-    yield
-    out[...] = jnp.where(own[...] > 0, wide, 0).astype(out.dtype)
+class _Refs(NamedTuple):
+    """What the kernel reads and writes; None what the call does not have."""
+
+    query: Any
+    cache: tuple
+    preface: tuple | None
+    slots: tuple | None
+    valid: Any
+    out: Any
+    log_total: Any
+    spread: Any
+    own: Any
+    spread_query: Any
+    running: tuple
+    ring: tuple
+
+    @classmethod
+    def sort(cls, plan: Plan, refs):
+        """From the order of :func:`_specs`."""
+        refs = iter(refs)
+
+        def take(number, wanted=True):
+            return tuple(next(refs) for _ in range(number)) if wanted else None
+
+        (query,), cache, preface = take(1), take(2), take(2, plan.preface > 0)
+        slots, valid = take(2, plan.slots > 0), take(1, plan.slots > 0)
+        (out,), log_total = take(1), take(1, plan.splits > 1)
+        return cls(
+            query, cache, preface, slots, valid and valid[0], out, log_total and log_total[0],
+            *take(3), take(3), take(4)
+        )  # fmt: skip
+
+    def of(self, member: int):
+        """The running softmax of a member of the turn."""
+        return tuple(part.at[member] for part in self.running)
+
+
+def _begin(plan: Plan, refs: _Refs, with_small: bool):
+    """Block-diagonal queries, and the running softmax of a turn's preface and slots."""
+
+    def small(member):
+        if not with_small:
+            return None, None, None
+        slots = None if refs.slots is None else tuple(part.at[member] for part in refs.slots)
+        return refs.preface, slots, None if refs.valid is None else refs.valid.at[member]
+
+    members = range(plan.together)
+    _side_by_side(
+        spread_out(plan, refs.query.at[m], refs.spread, refs.own, refs.spread_query.at[m])
+        for m in members
+    )
+    _side_by_side(_attend_small(plan, refs.spread_query[m], *small(m), refs.of(m)) for m in members)
+
+
+def _end(plan: Plan, refs: _Refs):
+    """The results of a turn."""
+    members = range(plan.together)
+    logs = [None if refs.log_total is None else refs.log_total.at[m] for m in members]
+    _side_by_side(
+        _finish(plan, refs.of(m), refs.spread, refs.own, refs.out.at[m], logs[m]) for m in members
+    )
 
 
 def _kernel(lengths, *refs, plan: Plan):
-    refs = list(refs)
-    query, hbm = refs.pop(0), (refs.pop(0), refs.pop(0))
-    preface = (refs.pop(0), refs.pop(0)) if plan.preface else None
-    slots, valid = ((refs.pop(0), refs.pop(0)), refs.pop(0)) if plan.slots else (None, None)
-    out, log_total = refs.pop(0), refs.pop(0) if plan.splits > 1 else None
-    spread, own, spread_query, top, total, sums, *buffers, semaphores, state = refs
-    ring = Ring(plan, lengths, hbm, buffers, semaphores, state)
+    refs = _Refs.sort(plan, refs)
+    *buffers, semaphores, state = refs.ring
+    ring = Ring(plan, lengths, refs.cache, buffers, semaphores, state)
     first = pl.program_id(0) * plan.per_group
     end = jnp.minimum(first + plan.per_group, plan.turns)
     turn = first + pl.program_id(1)
-    members = [
-        (spread_query.at[member], (top.at[member], total.at[member], sums.at[member]))
-        for member in range(plan.together)
-    ]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         ring.begin(first, end)
-        _constants(plan, spread, own)
-
-    def begin(with_small):
-        def small(member):
-            if not with_small:
-                return None, None, None
-            here = None if slots is None else tuple(part.at[member] for part in slots)
-            return preface, here, None if valid is None else valid.at[member]
-
-        _side_by_side(
-            _spread(plan, query.at[member], spread, own, wide)
-            for member, (wide, _) in enumerate(members)
-        )
-        _side_by_side(
-            _attend_small(plan, wide[...], *small(member), running)
-            for member, (wide, running) in enumerate(members)
-        )
+        constants(plan, refs.spread, refs.own)
 
     @pl.when(turn < end)
     def _():
         if plan.splits == 1:
-            begin(True)
+            _begin(plan, refs, True)
         else:  # A turn is one row: the first split has the preface and the slots.
-            pl.when(jax.lax.rem(turn, plan.splits) == 0)(lambda: begin(True))
-            pl.when(jax.lax.rem(turn, plan.splits) != 0)(lambda: begin(False))
+            pl.when(jax.lax.rem(turn, plan.splits) == 0)(lambda: _begin(plan, refs, True))
+            pl.when(jax.lax.rem(turn, plan.splits) != 0)(lambda: _begin(plan, refs, False))
 
         @pl.loop(0, ring.blocks(turn))
         def _(block):
             ring.send(end)
             taken = ring.take(turn, block)
             _side_by_side(
-                _attend_block(plan, wide[...], *part, running)
-                for (wide, running), part in zip(members, taken, strict=True)
+                _attend_block(plan, refs.spread_query[member], *part, refs.of(member))
+                for member, part in enumerate(taken)
             )
 
-        logs = [None if log_total is None else log_total.at[m] for m in range(plan.together)]
-        _side_by_side(
-            _finish(plan, running, spread, own, out.at[member], logs[member])
-            for member, (_, running) in enumerate(members)
-        )
+        _end(plan, refs)
 
 
 def _specs(plan: Plan, dtype):
@@ -341,7 +320,7 @@ def _splits(batch: int, length: int) -> int:
     return 2 if jax.devices()[0].device_kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
 
 
-def unsupported(query, key, value, **_) -> str | None:
+def unsupported(query, key, value, **kwargs) -> str | None:
     """Why this implementation does not take the arguments, or None when it does."""
     reason = dispatch.only_on("tpu")
     if reason is not None:
@@ -351,6 +330,9 @@ def unsupported(query, key, value, **_) -> str | None:
     tile = 32 // key.dtype.itemsize
     if key.shape[1] % tile or not key.shape[1]:
         return f"caches of {key.dtype} need a multiple of {tile} rows, this has {key.shape[1]}"
+    needed = plan_of(query, key, **kwargs).vmem_bytes
+    if needed > VMEM_BYTES:
+        return f"rows of {key.shape[2]} {key.dtype} need {needed} bytes of VMEM"
     return None
 
 

@@ -376,6 +376,9 @@ def test_the_target_decides_which_implementation_runs(monkeypatch):
             memory_decode(**arrays(tokens=36))
             with pytest.raises(NotImplementedError, match="need a multiple of 8 rows, this has 36"):
                 memory_decode(**arrays(tokens=36), implementation="tpu")
+            wide = arrays((1,), tokens=256, kv_heads=40, group=1, head_dim=128, slots=0)
+            with pytest.raises(NotImplementedError, match="rows of 5120 float32 need .* of VMEM"):
+                memory_decode(**wide, implementation="tpu")
         with dispatch.lowering_for("gpu"):
             memory_decode(**arrays(tokens=64, dtype=jnp.bfloat16))
             for changes, message in (

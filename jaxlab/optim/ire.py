@@ -10,57 +10,23 @@ the smallest magnitudes is flat, and there the update of the base is multiplied 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float32, Int32, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxlab.optim.curvature import squared
-from jaxlab.optim.threshold import (
-    Count,
-    add,
-    as_float,
-    count_of,
-    count_true,
-    finite_bits,
-    kth_smallest_bits,
-    magnitude_bits,
-    share_of,
-    subtract,
+from jaxlab.optim.flat_mask import (
+    FlatDirectionsState,
+    Ranking,
+    Scalar,
+    group_labels,
+    refreshed,
+    value_at,
 )
 
-Scalar = float | Callable[[Array], Any] | Array
 CurvatureFn = Callable[..., PyTree]
-
-
-class FlatDirectionsState(NamedTuple):
-    """What the transformation remembers; one byte a parameter, four more with an average.
-
-    ``flat_mask`` is sharded like the parameters and False until the first refresh. The diagnostics
-    are those of the last refresh: share of coordinates that are flat, share of exact zeros, and the
-    threshold of each group. ``optax.tree.map_params`` tells its parts when the scope is global.
-    """
-
-    count: Int32[Array, ""]
-    flat_mask: PyTree
-    curvature_average: PyTree
-    curvature_key: Array
-    flat_fraction: Float32[Array, ""]
-    zero_fraction: Float32[Array, ""]
-    flat_threshold: dict[str, Float32[Array, ""]]
-
-
-class _Ranking(NamedTuple):
-    """How coordinates are ranked: the settings that a refresh needs."""
-
-    gamma: Scalar
-    scope: str | PyTree = "global"
-    param_mask: PyTree | Callable[[PyTree], PyTree] | None = None
-    rank_zeros: bool = True
-    decay: float = 0.0
 
 
 def scale_flat_directions(
@@ -108,14 +74,14 @@ def scale_flat_directions(
         raise ValueError(f"update_interval is {update_interval}: it must be at least 1, or None")
     if not 0 <= curvature_decay < 1:
         raise ValueError(f"curvature_decay is {curvature_decay}: it must be in [0, 1)")
-    ranking, estimator = _Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay), curvature
+    ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay), curvature
 
     def init(params: PyTree) -> FlatDirectionsState:
         average = None
         if curvature_decay:
             average = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         # The name of the one group is known without parameters: optax.tree.map_params gives none.
-        labels = ["global"] if scope == "global" else sorted(set(_labels(scope, params)))
+        labels = ["global"] if scope == "global" else sorted(set(group_labels(scope, params)))
         return FlatDirectionsState(
             count=jnp.zeros((), jnp.int32),
             # zeros_like keeps the sharding, also of abstract parameters and on explicit meshes.
@@ -153,9 +119,9 @@ def scale_flat_directions(
                 raise ValueError(_NO_CURVATURE)
             due = refresh if refresh is not None else _due(state.count, start_step, update_interval)
             state = jax.lax.cond(
-                due, lambda old: _refreshed(old, source(), ranking), lambda old: old, state
+                due, lambda old: refreshed(old, source(), ranking), lambda old: old, state
             )
-        factor = 1 + _at(kappa, state.count)
+        factor = 1 + value_at(kappa, state.count)
         boosted = jax.tree.map(lambda u, flat: _boost(u, flat, factor), updates, state.flat_mask)
         return boosted, state._replace(count=optax.safe_increment(state.count))
 
@@ -187,40 +153,21 @@ def refresh_flat_mask(
 
     Raises ValueError when there is no such state.
     """
-    ranking = _Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay)
+    ranking = Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay)
     found = []
 
-    def refreshed(part: Any) -> Any:
+    def renewed(part: Any) -> Any:
         if not isinstance(part, FlatDirectionsState):
             return part
         found.append(part)
-        return _refreshed(part, curvature, ranking)
+        return refreshed(part, curvature, ranking)
 
     out = jax.tree.map(
-        refreshed, opt_state, is_leaf=lambda part: isinstance(part, FlatDirectionsState)
+        renewed, opt_state, is_leaf=lambda part: isinstance(part, FlatDirectionsState)
     )
     if not found:
         raise ValueError("this optimizer state has no flat directions: chain scale_flat_directions")
     return out
-
-
-def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:
-    """Share of flat coordinates in each group of parameters, wherever in a state the mask is.
-
-    ``labels`` maps a tree like the parameters to one of group names; None: each leaf by its path.
-    An empty dictionary when there is no mask. Pure; may be jitted.
-    """
-    mask = optax.tree.get(opt_state, "flat_mask", None)
-    if mask is None:
-        return {}
-    names = _labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
-    flat: dict[str, list[Array]] = {}
-    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
-        flat.setdefault(name, []).append(leaf)
-    return {
-        name: as_float(count_true(leaves)) / sum(leaf.size for leaf in leaves)
-        for name, leaves in flat.items()
-    }
 
 
 _NO_CURVATURE = (
@@ -228,74 +175,6 @@ _NO_CURVATURE = (
     "curvature=TREE to update, make the transformation with curvature=f, or with "
     "update_interval=None and call refresh_flat_mask"
 )
-
-
-def _refreshed(
-    state: FlatDirectionsState, curvature: PyTree, ranking: _Ranking
-) -> FlatDirectionsState:
-    """The state with the mask of a new curvature; the old mask where there are no finite values."""
-    values, average = _ranked_values(state, curvature, ranking.decay)
-    groups = _groups(values, ranking, state.flat_mask)
-    bits = {i: magnitude_bits(values[i]) for members in groups.values() for i in members}
-    if not bits:
-        raise ValueError("no parameter takes part: param_mask leaves nothing to rank")
-    old, structure = jax.tree.flatten(state.flat_mask)
-    new, thresholds = [jnp.zeros_like(mask) for mask in old], dict(state.flat_threshold)
-    gamma = _at(ranking.gamma, state.count)
-    for label, members in groups.items():
-        tau = _threshold([bits[i] for i in members], gamma, rank_zeros=ranking.rank_zeros)
-        thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
-        for i in members:
-            new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
-    total = sum(values[i].size for i in bits)
-    return state._replace(
-        flat_mask=jax.tree.unflatten(structure, new),
-        curvature_average=average,
-        flat_fraction=as_float(count_true([new[i] for i in bits])) / total,
-        zero_fraction=as_float(count_true([part == 0 for part in bits.values()])) / total,
-        flat_threshold=thresholds,
-    )
-
-
-def _ranked_values(
-    state: FlatDirectionsState, curvature: PyTree, decay: float
-) -> tuple[list[Array], PyTree]:
-    """What ranks the coordinates, a leaf each, and the new average of squares, if there is one."""
-    # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
-    mine = jax.tree.map(
-        lambda mask, leaf: mask if isinstance(mask, optax.MaskedNode) else leaf,
-        state.flat_mask,
-        curvature,
-        is_leaf=lambda part: isinstance(part, optax.MaskedNode),
-    )
-    if not decay:
-        return jax.tree.leaves(mine), state.curvature_average
-    average = jax.tree.map(
-        lambda kept, new: decay * kept + (1 - decay) * squared(new), state.curvature_average, mine
-    )
-    return jax.tree.leaves(average), average
-
-
-def _groups(values: list[Array], ranking: _Ranking, tree: PyTree) -> dict[str, list[int]]:
-    """Numbers of the leaves that share a threshold, by label; only of leaves that take part."""
-    groups: dict[str, list[int]] = {}
-    takes_part = _taking_part(ranking.param_mask, tree)
-    for index, label in enumerate(_labels(ranking.scope, tree)):
-        if takes_part[index] and jnp.issubdtype(values[index].dtype, jnp.inexact):
-            groups.setdefault(label, []).append(index)
-    return groups
-
-
-def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:
-    """Bits of the largest magnitude that is flat: the floor(gamma p)-th smallest (eq. 5)."""
-    size = sum(part.size for part in bits)
-    if rank_zeros:
-        if isinstance(gamma, float | int):
-            return kth_smallest_bits(bits, count_of(max(1, int(np.floor(gamma * size)))))
-        return kth_smallest_bits(bits, share_of(jnp.float32(gamma), count_of(size)))
-    zeros = count_true([part == 0 for part in bits])
-    others: Count = subtract(count_of(size), zeros)
-    return kth_smallest_bits(bits, add(zeros, share_of(jnp.float32(gamma), others)))
 
 
 def _boost(update: Array, flat: Array, factor: Any) -> Array:
@@ -309,29 +188,6 @@ def _due(count: Array, start_step: int, update_interval: int) -> Array:
     return (since >= 0) & (since % update_interval == 0)
 
 
-def _at(value: Scalar, count: Array) -> Any:
-    return value(count) if callable(value) else value
-
-
 def _is_zero(kappa: Scalar) -> bool:
     """Whether the strength is known to be nothing: then no curvature is needed at all."""
     return isinstance(kappa, int | float) and kappa == 0
-
-
-def _labels(scope: str | PyTree, tree: PyTree) -> list[str]:
-    """The group of each leaf."""
-    if scope == "global":
-        return ["global"] * len(jax.tree.leaves(tree))
-    if scope == "tensor":
-        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if isinstance(scope, str):
-        raise ValueError(f"scope is {scope!r}: choose global, tensor or a pytree of labels")
-    labels = jax.tree.map(lambda leaf, label: str(label), tree, scope)
-    return jax.tree.leaves(labels)
-
-
-def _taking_part(param_mask: Any, tree: PyTree) -> list[bool]:
-    if param_mask is None:
-        return [True] * len(jax.tree.leaves(tree))
-    mask = param_mask(tree) if callable(param_mask) else param_mask
-    return [bool(x) for x in jax.tree.leaves(jax.tree.map(lambda _, x: x, tree, mask))]

@@ -17,7 +17,7 @@ from jaxlab.errors import CheckpointError, JaxlabError
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
 from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import make_optimizer
-from jaxlab.optim.ire import flat_fractions
+from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (

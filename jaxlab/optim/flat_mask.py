@@ -1,0 +1,168 @@
+"""Which directions are flat: the mask of IRE and its refresh (arXiv 2405.20763, equation 5).
+
+Coordinates are ranked by magnitude of a curvature; a share of them, in all or in each group of
+leaves, is flat. Everything here is pure and works on shards.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float32, Int32, PyTree
+
+from jaxlab.optim.curvature import squared
+from jaxlab.optim.threshold import (
+    Count,
+    add,
+    as_float,
+    count_of,
+    count_true,
+    finite_bits,
+    kth_smallest_bits,
+    magnitude_bits,
+    share_of,
+    subtract,
+)
+
+Scalar = float | Callable[[Array], Any] | Array
+
+
+class FlatDirectionsState(NamedTuple):
+    """What the transformation remembers; one byte a parameter, four more with an average.
+
+    ``flat_mask`` is sharded like the parameters and False until the first refresh. The diagnostics
+    are those of the last refresh: share of coordinates that are flat, share of exact zeros, and the
+    threshold of each group. ``optax.tree.map_params`` tells its parts when the scope is global.
+    """
+
+    count: Int32[Array, ""]
+    flat_mask: PyTree
+    curvature_average: PyTree
+    curvature_key: Array
+    flat_fraction: Float32[Array, ""]
+    zero_fraction: Float32[Array, ""]
+    flat_threshold: dict[str, Float32[Array, ""]]
+
+
+class Ranking(NamedTuple):
+    """How coordinates are ranked: the settings that a refresh needs."""
+
+    gamma: Scalar
+    scope: str | PyTree = "global"
+    param_mask: PyTree | Callable[[PyTree], PyTree] | None = None
+    rank_zeros: bool = True
+    decay: float = 0.0
+
+
+def refreshed(
+    state: FlatDirectionsState, curvature: PyTree, ranking: Ranking
+) -> FlatDirectionsState:
+    """The state with the mask of a new curvature; the old mask where there are no finite values."""
+    values, average = _ranked_values(state, curvature, ranking.decay)
+    groups = _groups(values, ranking, state.flat_mask)
+    bits = {i: magnitude_bits(values[i]) for members in groups.values() for i in members}
+    if not bits:
+        raise ValueError("no parameter takes part: param_mask leaves nothing to rank")
+    old, structure = jax.tree.flatten(state.flat_mask)
+    new, thresholds = [jnp.zeros_like(mask) for mask in old], dict(state.flat_threshold)
+    gamma = value_at(ranking.gamma, state.count)
+    for label, members in groups.items():
+        tau = _threshold([bits[i] for i in members], gamma, rank_zeros=ranking.rank_zeros)
+        thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
+        for i in members:
+            new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
+    total = sum(values[i].size for i in bits)
+    return state._replace(
+        flat_mask=jax.tree.unflatten(structure, new),
+        curvature_average=average,
+        flat_fraction=as_float(count_true([new[i] for i in bits])) / total,
+        zero_fraction=as_float(count_true([part == 0 for part in bits.values()])) / total,
+        flat_threshold=thresholds,
+    )
+
+
+def _ranked_values(
+    state: FlatDirectionsState, curvature: PyTree, decay: float
+) -> tuple[list[Array], PyTree]:
+    """What ranks the coordinates, a leaf each, and the new average of squares, if there is one."""
+    # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
+    mine = jax.tree.map(
+        lambda mask, leaf: mask if isinstance(mask, optax.MaskedNode) else leaf,
+        state.flat_mask,
+        curvature,
+        is_leaf=lambda part: isinstance(part, optax.MaskedNode),
+    )
+    if not decay:
+        return jax.tree.leaves(mine), state.curvature_average
+    average = jax.tree.map(
+        lambda kept, new: decay * kept + (1 - decay) * squared(new), state.curvature_average, mine
+    )
+    return jax.tree.leaves(average), average
+
+
+def _groups(values: list[Array], ranking: Ranking, tree: PyTree) -> dict[str, list[int]]:
+    """Numbers of the leaves that share a threshold, by label; only of leaves that take part."""
+    groups: dict[str, list[int]] = {}
+    takes_part = _taking_part(ranking.param_mask, tree)
+    for index, label in enumerate(group_labels(ranking.scope, tree)):
+        if takes_part[index] and jnp.issubdtype(values[index].dtype, jnp.inexact):
+            groups.setdefault(label, []).append(index)
+    return groups
+
+
+def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:
+    """Bits of the largest magnitude that is flat: the floor(gamma p)-th smallest (eq. 5)."""
+    size = sum(part.size for part in bits)
+    if rank_zeros:
+        if isinstance(gamma, float | int):
+            return kth_smallest_bits(bits, count_of(max(1, int(np.floor(gamma * size)))))
+        return kth_smallest_bits(bits, share_of(jnp.float32(gamma), count_of(size)))
+    zeros = count_true([part == 0 for part in bits])
+    others: Count = subtract(count_of(size), zeros)
+    return kth_smallest_bits(bits, add(zeros, share_of(jnp.float32(gamma), others)))
+
+
+def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:
+    """Share of flat coordinates in each group of parameters, wherever in a state the mask is.
+
+    ``labels`` maps a tree like the parameters to one of group names; None: each leaf by its path.
+    An empty dictionary when there is no mask. Pure; may be jitted.
+    """
+    mask = optax.tree.get(opt_state, "flat_mask", None)
+    if mask is None:
+        return {}
+    names = group_labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
+    flat: dict[str, list[Array]] = {}
+    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
+        flat.setdefault(name, []).append(leaf)
+    return {
+        name: as_float(count_true(leaves)) / sum(leaf.size for leaf in leaves)
+        for name, leaves in flat.items()
+    }
+
+
+def value_at(value: Scalar, count: Array) -> Any:
+    """A number, or what a schedule says at a step."""
+    return value(count) if callable(value) else value
+
+
+def group_labels(scope: str | PyTree, tree: PyTree) -> list[str]:
+    """The group of each leaf."""
+    if scope == "global":
+        return ["global"] * len(jax.tree.leaves(tree))
+    if scope == "tensor":
+        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if isinstance(scope, str):
+        raise ValueError(f"scope is {scope!r}: choose global, tensor or a pytree of labels")
+    labels = jax.tree.map(lambda leaf, label: str(label), tree, scope)
+    return jax.tree.leaves(labels)
+
+
+def _taking_part(param_mask: Any, tree: PyTree) -> list[bool]:
+    if param_mask is None:
+        return [True] * len(jax.tree.leaves(tree))
+    mask = param_mask(tree) if callable(param_mask) else param_mask
+    return [bool(x) for x in jax.tree.leaves(jax.tree.map(lambda _, x: x, tree, mask))]

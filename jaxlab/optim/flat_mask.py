@@ -74,7 +74,8 @@ def refreshed(
         thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
         for i in members:
             new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
-    total = sum(values[i].size for i in bits)
+    # A Python integer beyond int32 cannot meet an array.
+    total = float(sum(values[i].size for i in bits))
     return state._replace(
         flat_mask=jax.tree.unflatten(structure, new),
         curvature_average=average,
@@ -139,7 +140,7 @@ def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None 
     for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
         flat.setdefault(name, []).append(leaf)
     return {
-        name: as_float(count_true(leaves)) / sum(leaf.size for leaf in leaves)
+        name: as_float(count_true(leaves)) / float(sum(leaf.size for leaf in leaves))
         for name, leaves in flat.items()
     }
 

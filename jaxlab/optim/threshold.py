@@ -85,10 +85,18 @@ def finite_bits(bits: UInt32[Array, ""]) -> Bool[Array, ""]:
 def _counts_below(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
     """For each bound, how many elements of one array are smaller."""
     if jax.device_count() > 1 or part.size >= 1 << 32:
-        # The compiler joins such reductions into one pass on TPU and GPU. A reduction of several
-        # operands, as below, is partitioned with gathers.
-        return [_count(part < bound) for bound in bounds]
-    # On a CPU one reduction of all is fifty times as fast as one for each bound.
+        return _in_reductions(part, bounds)
+    # What counts is the platform that is compiled for: from here it may be a pod of TPUs.
+    return jax.lax.platform_dependent(part, bounds, cpu=_in_one_reduction, default=_in_reductions)
+
+
+def _in_reductions(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
+    """A reduction for each bound, which TPU and GPU compilers join into one pass."""
+    return [_count(part < bound) for bound in bounds]
+
+
+def _in_one_reduction(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
+    """On a CPU fifty times as fast; but partitioned over devices it gathers."""
     below = tuple((part < bound).astype(jnp.uint32) for bound in bounds)
     zeros = tuple(jnp.uint32(0) for _ in below)
     axes = tuple(range(part.ndim))

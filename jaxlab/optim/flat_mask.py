@@ -5,6 +5,7 @@ leaves, is flat. Everything here is pure and works on shards.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,27 @@ class Ranking(NamedTuple):
     scope: str | PyTree = "global"
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None
     rank_zeros: bool = True
-    decay: float = 0.0
+    decay: float | Array | None = None
+
+
+def initial_state(params: PyTree, ranking: Ranking, seed: int | Array) -> FlatDirectionsState:
+    """The state before the first refresh; parameters may be shapes alone."""
+    average = None
+    if ranking.decay is not None:
+        average = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+    # The name of the one group is known without parameters: optax.tree.map_params gives none.
+    scope = ranking.scope
+    labels = ["global"] if scope == "global" else sorted(set(group_labels(scope, params)))
+    return FlatDirectionsState(
+        count=jnp.zeros((), jnp.int32),
+        # zeros_like keeps the sharding, also of abstract parameters and on explicit meshes.
+        flat_mask=jax.tree.map(lambda x: jnp.zeros_like(x, bool), params),
+        curvature_average=average,
+        curvature_key=jax.random.key_data(jax.random.key(seed)),
+        flat_fraction=jnp.zeros((), jnp.float32),
+        zero_fraction=jnp.zeros((), jnp.float32),
+        flat_threshold={label: jnp.zeros((), jnp.float32) for label in labels},
+    )
 
 
 def refreshed(
@@ -86,7 +107,7 @@ def refreshed(
 
 
 def _ranked_values(
-    state: FlatDirectionsState, curvature: PyTree, decay: float
+    state: FlatDirectionsState, curvature: PyTree, decay: float | Array | None
 ) -> tuple[list[Array], PyTree]:
     """What ranks the coordinates, a leaf each, and the new average of squares, if there is one."""
     # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
@@ -96,7 +117,7 @@ def _ranked_values(
         curvature,
         is_leaf=lambda part: isinstance(part, optax.MaskedNode),
     )
-    if not decay:
+    if decay is None:
         return jax.tree.leaves(mine), state.curvature_average
     average = jax.tree.map(
         lambda kept, new: decay * kept + (1 - decay) * squared(new), state.curvature_average, mine
@@ -118,7 +139,7 @@ def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:
     """Bits of the largest magnitude that is flat: the floor(gamma p)-th smallest (eq. 5)."""
     size = sum(part.size for part in bits)
     if rank_zeros:
-        if isinstance(gamma, float | int):
+        if isinstance(gamma, Real):
             return kth_smallest_bits(bits, count_of(max(1, int(np.floor(gamma * size)))))
         return kth_smallest_bits(bits, share_of(jnp.float32(gamma), count_of(size)))
     zeros = count_true([part == 0 for part in bits])

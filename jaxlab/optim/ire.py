@@ -10,6 +10,7 @@ the smallest magnitudes is flat, and there the update of the base is multiplied 
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxlab.optim.flat_mask import (
     FlatDirectionsState,
     Ranking,
     Scalar,
-    group_labels,
+    initial_state,
     refreshed,
     value_at,
 )
@@ -33,14 +34,14 @@ def scale_flat_directions(
     kappa: Scalar,
     gamma: Scalar = 0.8,
     *,
-    update_interval: int | None = 10,
-    start_step: int = 0,
+    update_interval: int | Array | None = 10,
+    start_step: int | Array = 0,
     curvature: CurvatureFn | None = None,
-    curvature_decay: float = 0.0,
+    curvature_decay: float | Array | None = None,
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
-    seed: int = 0,
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by ``1 + kappa`` on the flat coordinates; belongs last in a chain.
 
@@ -51,7 +52,8 @@ def scale_flat_directions(
         ``refresh_flat_mask`` or ``refresh`` renews it.
       start_step: step of the first refresh (T_w); before it the base is unchanged.
       curvature: estimator ``f(params, key, **extra_args)`` for every refresh.
-      curvature_decay: weight of the past in a running average of squares (0: the paper's).
+      curvature_decay: weight of the past in a running average of squares; None or 0: the paper's,
+        without one.
       scope: one threshold for all (``global``), one for each ``tensor``, or a pytree of group
         labels, one for each label.
       param_mask: pytree of booleans (or a function of a tree like the parameters): leaves that take
@@ -63,35 +65,18 @@ def scale_flat_directions(
     key)`` as an extra argument, evaluated on refresh steps only; or the tree itself as
     ``curvature``. ``refresh`` says when to take it instead of ``update_interval``.
 
+    All numbers may be arrays, as within ``optax.inject_hyperparams``, which takes functions for
+    schedules: name ``curvature`` and ``param_mask`` in its ``static_args``.
+
     Raises ValueError for settings that cannot be, and, when ``update`` is traced, for a refresh
     without any curvature.
     """
-    if not callable(kappa) and not isinstance(kappa, jax.Array) and kappa < 0:
-        raise ValueError(f"kappa is {kappa}: it must be at least 0")
-    if not callable(gamma) and not isinstance(gamma, jax.Array) and not 0 < gamma <= 1:
-        raise ValueError(f"gamma is {gamma}: it is a share in (0, 1]")
-    if update_interval is not None and update_interval < 1:
-        raise ValueError(f"update_interval is {update_interval}: it must be at least 1, or None")
-    if not 0 <= curvature_decay < 1:
-        raise ValueError(f"curvature_decay is {curvature_decay}: it must be in [0, 1)")
-    ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay), curvature
+    _check_settings(kappa, gamma, update_interval, curvature_decay)
+    decay = None if _is_zero(curvature_decay) else curvature_decay
+    ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, decay), curvature
 
     def init(params: PyTree) -> FlatDirectionsState:
-        average = None
-        if curvature_decay:
-            average = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-        # The name of the one group is known without parameters: optax.tree.map_params gives none.
-        labels = ["global"] if scope == "global" else sorted(set(group_labels(scope, params)))
-        return FlatDirectionsState(
-            count=jnp.zeros((), jnp.int32),
-            # zeros_like keeps the sharding, also of abstract parameters and on explicit meshes.
-            flat_mask=jax.tree.map(lambda x: jnp.zeros_like(x, bool), params),
-            curvature_average=average,
-            curvature_key=jax.random.key_data(jax.random.key(seed)),
-            flat_fraction=jnp.zeros((), jnp.float32),
-            zero_fraction=jnp.zeros((), jnp.float32),
-            flat_threshold={label: jnp.zeros((), jnp.float32) for label in labels},
-        )
+        return initial_state(params, ranking, seed)
 
     def update(
         updates: PyTree,
@@ -103,36 +88,54 @@ def scale_flat_directions(
         refresh: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, FlatDirectionsState]:
-        never = update_interval is None and refresh is None
-        if not never and not _is_zero(kappa):
-
-            def source() -> PyTree:
-                key = jax.random.wrap_key_data(state.curvature_key)
-                key = jax.random.fold_in(key, state.count)
-                if curvature is not None:
-                    return curvature
-                if curvature_fn is not None:
-                    return curvature_fn(params, key)
-                return estimator(params, key, **extra_args)
-
-            if curvature is None and curvature_fn is None and estimator is None:
-                raise ValueError(_NO_CURVATURE)
+        following = optax.safe_increment(state.count)
+        if _is_zero(kappa):
+            return updates, state._replace(count=following)
+        if update_interval is not None or refresh is not None:
+            source = _source(curvature, curvature_fn, estimator, extra_args)
             due = refresh if refresh is not None else _due(state.count, start_step, update_interval)
             state = jax.lax.cond(
-                due, lambda old: refreshed(old, source(), ranking), lambda old: old, state
+                due,
+                lambda old: refreshed(old, source(params, _refresh_key(old)), ranking),
+                lambda old: old,
+                state,
             )
         factor = 1 + value_at(kappa, state.count)
         boosted = jax.tree.map(lambda u, flat: _boost(u, flat, factor), updates, state.flat_mask)
-        return boosted, state._replace(count=optax.safe_increment(state.count))
+        return boosted, state._replace(count=following)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def ire(
-    base: optax.GradientTransformation, kappa: Scalar, gamma: Scalar = 0.8, **settings: Any
+    base: optax.GradientTransformation,
+    kappa: Scalar,
+    gamma: Scalar = 0.8,
+    *,
+    update_interval: int | Array | None = 10,
+    start_step: int | Array = 0,
+    curvature: CurvatureFn | None = None,
+    curvature_decay: float | Array | None = None,
+    scope: str | PyTree = "global",
+    param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    rank_zeros: bool = True,
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """``base`` with its update enlarged on flat coordinates; see :func:`scale_flat_directions`."""
-    return optax.chain(base, scale_flat_directions(kappa, gamma, **settings))
+    # Every keyword by its name: optax.inject_hyperparams reads them off the signature.
+    boost = scale_flat_directions(
+        kappa,
+        gamma,
+        update_interval=update_interval,
+        start_step=start_step,
+        curvature=curvature,
+        curvature_decay=curvature_decay,
+        scope=scope,
+        param_mask=param_mask,
+        rank_zeros=rank_zeros,
+        seed=seed,
+    )
+    return optax.chain(base, boost)
 
 
 def refresh_flat_mask(
@@ -140,7 +143,7 @@ def refresh_flat_mask(
     curvature: PyTree,
     gamma: Scalar = 0.8,
     *,
-    curvature_decay: float = 0.0,
+    curvature_decay: float | Array | None = None,
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
@@ -153,7 +156,8 @@ def refresh_flat_mask(
 
     Raises ValueError when there is no such state.
     """
-    ranking = Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay)
+    decay = None if _is_zero(curvature_decay) else curvature_decay
+    ranking = Ranking(gamma, scope, param_mask, rank_zeros, decay)
     found = []
 
     def renewed(part: Any) -> Any:
@@ -183,11 +187,44 @@ def _boost(update: Array, flat: Array, factor: Any) -> Array:
     return update * jnp.where(flat, jnp.asarray(factor), 1).astype(update.dtype)
 
 
-def _due(count: Array, start_step: int, update_interval: int) -> Array:
+def _due(count: Array, start_step: int | Array, update_interval: int | Array) -> Array:
     since = count - start_step
     return (since >= 0) & (since % update_interval == 0)
 
 
-def _is_zero(kappa: Scalar) -> bool:
-    """Whether the strength is known to be nothing: then no curvature is needed at all."""
-    return isinstance(kappa, int | float) and kappa == 0
+def _source(
+    tree: PyTree | None,
+    given: CurvatureFn | None,
+    estimator: CurvatureFn | None,
+    extra_args: dict[str, Any],
+) -> Callable[[PyTree, Array], PyTree]:
+    """Where a refresh takes its curvature from: a function of parameters and key."""
+    if tree is not None:
+        return lambda params, key: tree
+    if given is not None:
+        return given
+    if estimator is None:
+        raise ValueError(_NO_CURVATURE)
+    return lambda params, key: estimator(params, key, **extra_args)
+
+
+def _refresh_key(state: FlatDirectionsState) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(state.curvature_key), state.count)
+
+
+def _is_zero(number: Any) -> bool:
+    """Whether a setting is known to be nothing, so that what it needs is not needed."""
+    return isinstance(number, Real) and number == 0
+
+
+def _check_settings(kappa: Any, gamma: Any, update_interval: Any, curvature_decay: Any) -> None:
+    """Raises ValueError; arrays and schedules, whose values are not known, pass."""
+    rules = (
+        ("kappa", kappa, lambda x: x >= 0, "at least 0"),
+        ("gamma", gamma, lambda x: 0 < x <= 1, "a share in (0, 1]"),
+        ("update_interval", update_interval, lambda x: x >= 1, "at least 1, or None"),
+        ("curvature_decay", curvature_decay, lambda x: 0 <= x < 1, "in [0, 1)"),
+    )
+    for name, value, holds, what in rules:
+        if isinstance(value, Real) and not holds(value):
+            raise ValueError(f"{name} is {value}: it must be {what}")

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.optim import flat_fractions, ire, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim import flat_fractions, ire
 
 DRAW = np.random.default_rng(0)
 PARAMS = {

@@ -179,12 +179,28 @@ def group_labels(scope: str | PyTree, tree: PyTree) -> list[str]:
         return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     if isinstance(scope, str):
         raise ValueError(f"scope is {scope!r}: choose global, tensor or a pytree of labels")
-    labels = jax.tree.map(lambda leaf, label: str(label), tree, scope)
-    return jax.tree.leaves(labels)
+    return [str(label) for label in _for_each_leaf(scope, tree, "scope")]
 
 
 def _taking_part(param_mask: Any, tree: PyTree) -> list[bool]:
     if param_mask is None:
         return [True] * len(jax.tree.leaves(tree))
     mask = param_mask(tree) if callable(param_mask) else param_mask
-    return [bool(x) for x in jax.tree.leaves(jax.tree.map(lambda _, x: x, tree, mask))]
+    return [bool(x) for x in _for_each_leaf(mask, tree, "param_mask")]
+
+
+def _for_each_leaf(prefix: PyTree, tree: PyTree, keyword: str) -> list[Any]:
+    """What a tree like the parameters, or a prefix of it, says of each leaf.
+
+    Found by path: within ``optax.masked`` and ``optax.partition`` a node without leaves stands in
+    ``tree`` for a leaf, or for a whole branch, of the parameters that is not this state's.
+    """
+    said = dict(jax.tree_util.tree_leaves_with_path(prefix))
+    out = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        above = [path[:depth] for depth in range(len(path) + 1) if path[:depth] in said]
+        if len(above) != 1:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"{keyword} is not a tree like the parameters: it has no {where}")
+        out.append(said[above[0]])
+    return out

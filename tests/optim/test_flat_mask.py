@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.optim import flat_fractions, ire
+from jaxlab.optim import flat_fractions, ire, refresh_flat_mask, scale_flat_directions
 
 DRAW = np.random.default_rng(0)
 PARAMS = {
@@ -33,3 +33,49 @@ def test_more_parameters_than_an_int32_counts_are_traced(gamma):
         lambda state: flat_fractions(state, lambda t: t | {"w1": 0, "w0": 0}), after
     )
     assert shares[0].shape == after[1].flat_fraction.shape == ()
+
+
+# ---------------------------------------------------------------------------- part of the tree
+
+NESTED = {"in": PARAMS, "out": {"w": jnp.ones((3, 2))}}
+EVERYWHERE = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), NESTED)
+WITHIN = {
+    "masked": lambda inner: optax.masked(
+        inner, {"in": True, "out": False}, mask_compatible_extra_args=True
+    ),
+    "partition": lambda inner: optax.partition(
+        {"mine": inner, "other": optax.identity()}, {"in": "mine", "out": "other"}
+    ),
+}
+WHOLE = {"in": {"w": "a", "b": "b"}, "out": {"w": "c"}}
+TAKES_PART = {"in": {"w": True, "b": False}, "out": {"w": True}}
+
+
+@pytest.mark.parametrize("around", [*WITHIN, None])
+@pytest.mark.parametrize(
+    "settings, flat",
+    [
+        ({"scope": WHOLE}, {"w": 12, "b": 3}),
+        ({"scope": {"in": "a", "out": "b"}}, {"w": 8, "b": 7}),
+        ({"param_mask": TAKES_PART}, {"w": 12, "b": 0}),
+        ({"param_mask": {"in": True, "out": False}}, {"w": 8, "b": 7}),
+        ({"scope": WHOLE, "param_mask": TAKES_PART}, {"w": 12, "b": 0}),
+    ],
+)
+def test_labels_and_masks_of_the_whole_tree_hold_for_a_part_of_it_too(around, settings, flat):
+    """A label or a mask may stand for all that lies below it. 24 and 7 values of 0, 1, 2, ..."""
+    if around is None and "scope" not in settings and settings["param_mask"] is TAKES_PART:
+        flat = {"w": 9, "b": 0}  # the 15 smallest of both
+    inner = scale_flat_directions(1.0, 0.5, update_interval=None, **settings)
+    optimizer = inner if around is None else WITHIN[around](inner)
+    state = refresh_flat_mask(optimizer.init(NESTED), EVERYWHERE, 0.5, **settings)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, NESTED), state, NESTED)
+    found = {name: int((leaf == 2).sum()) for name, leaf in updates["in"].items()}
+    assert found == flat
+
+
+@pytest.mark.parametrize("keyword", ["scope", "param_mask"])
+def test_a_tree_that_does_not_fit_the_parameters_is_named(keyword):
+    optimizer = scale_flat_directions(1.0, 0.5, **{keyword: {"w": "a", "c": "b"}})
+    with pytest.raises(ValueError, match=f"{keyword} .*parameters"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, curvature=PARAMS)

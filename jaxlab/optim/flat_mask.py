@@ -82,8 +82,10 @@ def refreshed(
     state: FlatDirectionsState, curvature: PyTree, ranking: Ranking
 ) -> FlatDirectionsState:
     """The state with the mask of a new curvature; the old mask where there are no finite values."""
-    values, average = _ranked_values(state, curvature, ranking.decay)
+    values, average = _own_part(curvature, state.flat_mask), state.curvature_average
     groups = _groups(values, ranking, state.flat_mask)
+    if ranking.decay is not None:
+        values, average = _averaged(average, values, ranking.decay)
     bits = {i: magnitude_bits(values[i]) for members in groups.values() for i in members}
     if not bits:
         raise ValueError("no parameter takes part: param_mask leaves nothing to rank")
@@ -106,23 +108,52 @@ def refreshed(
     )
 
 
-def _ranked_values(
-    state: FlatDirectionsState, curvature: PyTree, decay: float | Array | None
+def _own_part(curvature: PyTree, mask: PyTree) -> list[Array]:
+    """Leaves of a curvature that belong to a mask's. Raises ValueError where one does not fit."""
+
+    def own(part: Any, given: PyTree) -> PyTree:
+        # Within optax.masked and optax.partition only some leaves are this state's.
+        return part if isinstance(part, optax.MaskedNode) else given
+
+    def masked(part: Any) -> bool:
+        return isinstance(part, optax.MaskedNode)
+
+    try:
+        mine = jax.tree.map(own, mask, curvature, is_leaf=masked)
+    except ValueError:
+        mine = None
+    if jax.tree.structure(mine) != jax.tree.structure(mask):
+        raise ValueError(
+            f"curvature is not a tree like the parameters: {jax.tree.structure(curvature)}"
+            f" in place of {jax.tree.structure(mask)}"
+        )
+    for (path, leaf), value in zip(
+        jax.tree_util.tree_leaves_with_path(mask), jax.tree.leaves(mine), strict=True
+    ):
+        if jnp.shape(value) != leaf.shape:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"curvature{where} has shape {jnp.shape(value)}: the parameter's is {leaf.shape}"
+            )
+    return jax.tree.leaves(mine)
+
+
+def _averaged(
+    average: PyTree, values: list[Array], decay: float | Array
 ) -> tuple[list[Array], PyTree]:
-    """What ranks the coordinates, a leaf each, and the new average of squares, if there is one."""
-    # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
-    mine = jax.tree.map(
-        lambda mask, leaf: mask if isinstance(mask, optax.MaskedNode) else leaf,
-        state.flat_mask,
-        curvature,
-        is_leaf=lambda part: isinstance(part, optax.MaskedNode),
-    )
-    if decay is None:
-        return jax.tree.leaves(mine), state.curvature_average
-    average = jax.tree.map(
-        lambda kept, new: decay * kept + (1 - decay) * squared(new), state.curvature_average, mine
-    )
-    return jax.tree.leaves(average), average
+    """What ranks the coordinates, a leaf each, and the new average of squares.
+
+    What is not finite is sharp this time and leaves its part of the average as it was.
+    """
+    kept, structure = jax.tree.flatten(average)
+    ranked, new = [], []
+    for old, value in zip(kept, values, strict=True):
+        square = squared(value)
+        known = jnp.isfinite(square)
+        mean = decay * old + (1 - decay) * square
+        ranked.append(jnp.where(known, mean, jnp.inf))
+        new.append(jnp.where(known, mean, old).astype(old.dtype))
+    return ranked, jax.tree.unflatten(structure, new)
 
 
 def _groups(values: list[Array], ranking: Ranking, tree: PyTree) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ from jaxlab.optim.flat_mask import (
     FlatDirectionsState,
     Ranking,
     Scalar,
+    group_labels,
     initial_state,
     refreshed,
     value_at,
@@ -154,7 +155,7 @@ def refresh_flat_mask(
     its own, over a batch of its own (accumulation, SAM, models that leave no room for a second
     backward pass in the step). The settings are those of the transformation. Pure; may be jitted.
 
-    Raises ValueError when there is no such state.
+    Raises ValueError when there is no such state, or one that other settings have made.
     """
     decay = None if _is_zero(curvature_decay) else curvature_decay
     ranking = Ranking(gamma, scope, param_mask, rank_zeros, decay)
@@ -163,6 +164,7 @@ def refresh_flat_mask(
     def renewed(part: Any) -> Any:
         if not isinstance(part, FlatDirectionsState):
             return part
+        _check_made_so(part, ranking)
         found.append(part)
         return refreshed(part, curvature, ranking)
 
@@ -179,6 +181,19 @@ _NO_CURVATURE = (
     "curvature=TREE to update, make the transformation with curvature=f, or with "
     "update_interval=None and call refresh_flat_mask"
 )
+
+
+def _check_made_so(state: FlatDirectionsState, ranking: Ranking) -> None:
+    averages = state.curvature_average is not None
+    if averages != (ranking.decay is not None):
+        kept = "keeps an average" if averages else "keeps no average"
+        raise ValueError(f"curvature_decay must be the transformation's: its state {kept}")
+    known, labels = set(state.flat_threshold), set(group_labels(ranking.scope, state.flat_mask))
+    if known != labels:
+        raise ValueError(
+            "scope must be the transformation's: its state has thresholds of "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def _boost(update: Array, flat: Array, factor: Any) -> Array:

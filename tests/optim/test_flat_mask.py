@@ -79,3 +79,61 @@ def test_a_tree_that_does_not_fit_the_parameters_is_named(keyword):
     optimizer = scale_flat_directions(1.0, 0.5, **{keyword: {"w": "a", "c": "b"}})
     with pytest.raises(ValueError, match=f"{keyword} .*parameters"):
         optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, curvature=PARAMS)
+
+
+# ---------------------------------------------------------------------------- averages
+
+
+def test_a_value_that_is_not_finite_is_sharp_once_and_leaves_the_average_alone():
+    spoilt = CURVATURE | {"w": CURVATURE["w"].at[0].set(jnp.nan).at[1].set(jnp.inf)}
+    optimizer = scale_flat_directions(1.0, 0.5, curvature_decay=0.7)
+
+    def after(*trees):
+        state = optimizer.init(PARAMS)
+        for tree in trees:
+            _, state = optimizer.update(PARAMS, state, PARAMS, curvature=tree, refresh=True)
+        return state
+
+    one, then = after(CURVATURE), after(CURVATURE, spoilt)
+    same(then.curvature_average["w"][:2], one.curvature_average["w"][:2])
+    assert not then.flat_mask["w"][:2].any() and int(then.flat_mask["w"].sum()) > 0
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(then.curvature_average))
+    nothing = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    same(after(CURVATURE, nothing).flat_mask, one.flat_mask)
+    same(after(nothing, CURVATURE).flat_mask, one.flat_mask)
+
+
+@pytest.mark.parametrize(
+    "made, given, message",
+    [
+        ({}, {"curvature_decay": 0.5}, "curvature_decay.*keeps no average"),
+        ({"curvature_decay": 0.5}, {}, "curvature_decay.*keeps an average"),
+        ({}, {"scope": "tensor"}, "scope.*global"),
+        ({"scope": "tensor"}, {"scope": {"w": "x", "b": "x"}}, r"scope.*\['b'\], \['w'\]"),
+    ],
+)
+def test_a_refresh_with_other_settings_than_the_transformations_is_refused(made, given, message):
+    state = ire(optax.sgd(0.1), 1.0, update_interval=None, **made).init(PARAMS)
+    with pytest.raises(ValueError, match=message):
+        refresh_flat_mask(state, CURVATURE, **given)
+    refresh_flat_mask(state, CURVATURE, **made)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"w": CURVATURE["w"], "b": jnp.ones(1)}, r"curvature\['b'\] has shape \(1,\).*\(7,\)"),
+        ({"w": CURVATURE["w"], "b": jnp.ones(())}, r"curvature\['b'\] has shape \(\).*\(7,\)"),
+        ({"w": CURVATURE["w"]}, "curvature is not a tree like the parameters"),
+        (CURVATURE | {"c": jnp.ones(1)}, "curvature is not a tree like the parameters"),
+        (CURVATURE | {"b": None}, "curvature is not a tree like the parameters"),
+        (CURVATURE | {"b": {"x": jnp.ones(7)}}, "curvature is not a tree like the parameters"),
+    ],
+)
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_a_curvature_of_another_shape_is_refused_by_name_when_it_is_traced(wrong, message, decay):
+    optimizer = scale_flat_directions(1.0, curvature_decay=decay)
+    state = optimizer.init(PARAMS)
+    for given in ({"curvature": wrong}, {"curvature_fn": lambda params, key: wrong}):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(lambda g=given: optimizer.update(PARAMS, state, PARAMS, **g))

@@ -9,6 +9,7 @@ the smallest magnitudes is flat, and there the update of the base is multiplied 
 (equations 4 and 5). What enters the moments of the base is not.
 """
 
+import inspect
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -52,7 +53,8 @@ def scale_flat_directions(
       update_interval: steps between two refreshes of the mask (K); None: only
         ``refresh_flat_mask`` or ``refresh`` renews it.
       start_step: step of the first refresh (T_w); before it the base is unchanged.
-      curvature: estimator ``f(params, key, **extra_args)`` for every refresh.
+      curvature: estimator ``f(params, key, ...)`` for every refresh; it gets those of the extra
+        arguments of ``update`` that it names, or all where it has a ``**parameter``.
       curvature_decay: weight of the past in a running average of squares; None or 0: the paper's,
         without one.
       scope: one threshold for all (``global``), one for each ``tensor``, or a pytree of group
@@ -101,7 +103,8 @@ def scale_flat_directions(
                 lambda old: old,
                 state,
             )
-        factor = 1 + value_at(kappa, state.count)
+        # A mask may be there before its time: from ``refresh`` or ``refresh_flat_mask``.
+        factor = 1 + jnp.where(state.count >= start_step, value_at(kappa, state.count), 0)
         boosted = jax.tree.map(lambda u, flat: _boost(u, flat, factor), updates, state.flat_mask)
         return boosted, state._replace(count=following)
 
@@ -220,6 +223,10 @@ def _source(
         return given
     if estimator is None:
         raise ValueError(_NO_CURVATURE)
+    parameters = inspect.signature(estimator).parameters
+    if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+        # What is for others in the chain, such as SAM's grad_fn, is not for it.
+        extra_args = {name: value for name, value in extra_args.items() if name in parameters}
     return lambda params, key: estimator(params, key, **extra_args)
 
 

@@ -37,7 +37,10 @@ def share_of(share: Float[Array, ""], total: Count) -> Count:
     whole = jnp.maximum(jnp.floor(share * as_float(total)), 1.0)
     high = jnp.floor(whole / (1 << _LIMB_BITS))
     low = whole - high * (1 << _LIMB_BITS)
-    return high.astype(jnp.uint32), low.astype(jnp.uint32)
+    rank = high.astype(jnp.uint32), low.astype(jnp.uint32)
+    # The total itself may have been rounded up.
+    beyond = _less(total, rank)
+    return jnp.where(beyond, total[0], rank[0]), jnp.where(beyond, total[1], rank[1])
 
 
 def as_float(count: Count) -> Float[Array, ""]:

@@ -5,12 +5,12 @@ leaves, is flat. Everything here is pure and works on shards.
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int32, PyTree
 
@@ -171,7 +171,8 @@ def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:
     size = sum(part.size for part in bits)
     if rank_zeros:
         if isinstance(gamma, Real):
-            return kth_smallest_bits(bits, count_of(max(1, int(np.floor(gamma * size)))))
+            # The decimal as it is written: in binary .29 * 100 is less than 29.
+            return kth_smallest_bits(bits, count_of(max(1, int(Fraction(str(gamma)) * size))))
         return kth_smallest_bits(bits, share_of(jnp.float32(gamma), count_of(size)))
     zeros = count_true([part == 0 for part in bits])
     others: Count = subtract(count_of(size), zeros)

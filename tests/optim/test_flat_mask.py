@@ -137,3 +137,12 @@ def test_a_curvature_of_another_shape_is_refused_by_name_when_it_is_traced(wrong
     for given in ({"curvature": wrong}, {"curvature_fn": lambda params, key: wrong}):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda g=given: optimizer.update(PARAMS, state, PARAMS, **g))
+
+
+@pytest.mark.parametrize("gamma, size, flat", [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29)])
+def test_a_share_is_the_decimal_number_that_is_written(gamma, size, flat):
+    """In binary 0.29 * 100 is a little less than 29."""
+    values = {"w": jnp.arange(1.0, size + 1)}
+    optimizer = scale_flat_directions(1.0, gamma)
+    _, state = optimizer.update(values, optimizer.init(values), values, curvature=values)
+    assert int(state.flat_mask["w"].sum()) == flat

@@ -55,8 +55,8 @@ def scale_flat_directions(
       start_step: step of the first refresh (T_w); before it the base is unchanged.
       curvature: estimator ``f(params, key, ...)`` for every refresh; it gets those of the extra
         arguments of ``update`` that it names, or all where it has a ``**parameter``.
-      curvature_decay: weight of the past in a running average of squares; None or 0: the paper's,
-        without one.
+      curvature_decay: weight of the past in a running average of squares, so that what is averaged
+        should have the size of a gradient; None or 0: the paper's, without one.
       scope: one threshold for all (``global``), one for each ``tensor``, or a pytree of group
         labels, one for each label.
       param_mask: pytree of booleans (or a function of a tree like the parameters): leaves that take

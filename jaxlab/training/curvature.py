@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from jaxlab.config import IREConfig
-from jaxlab.optim.curvature import random_ranks
+from jaxlab.optim.curvature import mean_over_draws, random_ranks, squared
 from jaxlab.training.losses import cross_entropy_sum, sampled_targets
 from jaxlab.training.step import Batch, BatchCurvature, SequenceFormat, sum_over_parts
 
@@ -44,13 +44,10 @@ def batch_curvature(
         if config.draws == 1:
             return gradient(params, key, batch)
 
-        def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
-            found = gradient(params, key, batch)
-            return jax.tree.map(lambda t, g: t + jnp.square(g), total, found), None
+        def of_one(key: Array) -> PyTree:
+            return jax.tree.map(squared, gradient(params, key, batch))
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, jax.random.split(key, config.draws))
-        return jax.tree.map(lambda t: jnp.sqrt(t / config.draws), total)
+        return jax.tree.map(jnp.sqrt, mean_over_draws(of_one, params, key, config.draws))
 
     return curvature
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 
 from jaxlab.optim.curvature import squared
 from jaxlab.optim.threshold import (
+    AxisName,
     Count,
     add,
     as_float,
@@ -56,6 +57,7 @@ class Ranking(NamedTuple):
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None
     rank_zeros: bool = True
     decay: float | Array | None = None
+    axis_name: AxisName = None
 
 
 def initial_state(params: PyTree, ranking: Ranking, seed: int | Array) -> FlatDirectionsState:
@@ -93,17 +95,18 @@ def refreshed(
     new, thresholds = [jnp.zeros_like(mask) for mask in old], dict(state.flat_threshold)
     gamma = value_at(ranking.gamma, state.count)
     for label, members in groups.items():
-        tau = _threshold([bits[i] for i in members], gamma, rank_zeros=ranking.rank_zeros)
+        tau = _threshold([bits[i] for i in members], gamma, ranking)
         thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
         for i in members:
             new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
+    axes, sizes = ranking.axis_name, [part.size for part in bits.values()]
     # A Python integer beyond int32 cannot meet an array.
-    total = float(sum(values[i].size for i in bits))
+    total = float(_whole(sizes, axes))
     return state._replace(
         flat_mask=jax.tree.unflatten(structure, new),
         curvature_average=average,
-        flat_fraction=as_float(count_true([new[i] for i in bits])) / total,
-        zero_fraction=as_float(count_true([part == 0 for part in bits.values()])) / total,
+        flat_fraction=as_float(count_true([new[i] for i in bits], axes)) / total,
+        zero_fraction=as_float(count_true([part == 0 for part in bits.values()], axes)) / total,
         flat_threshold=thresholds,
     )
 
@@ -166,17 +169,25 @@ def _groups(values: list[Array], ranking: Ranking, tree: PyTree) -> dict[str, li
     return groups
 
 
-def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:
+def _threshold(bits: list[Array], gamma: Any, ranking: Ranking) -> Array:
     """Bits of the largest magnitude that is flat: the floor(gamma p)-th smallest (eq. 5)."""
-    size = sum(part.size for part in bits)
-    if rank_zeros:
-        if isinstance(gamma, Real):
-            # The decimal as it is written: in binary .29 * 100 is less than 29.
-            return kth_smallest_bits(bits, count_of(max(1, int(Fraction(str(gamma)) * size))))
-        return kth_smallest_bits(bits, share_of(jnp.float32(gamma), count_of(size)))
-    zeros = count_true([part == 0 for part in bits])
-    others: Count = subtract(count_of(size), zeros)
-    return kth_smallest_bits(bits, add(zeros, share_of(jnp.float32(gamma), others)))
+    axes = ranking.axis_name
+    size = _whole([part.size for part in bits], axes)
+    if not ranking.rank_zeros:
+        zeros = count_true([part == 0 for part in bits], axes)
+        others: Count = subtract(count_of(size), zeros)
+        rank = add(zeros, share_of(jnp.float32(gamma), others))
+    elif isinstance(gamma, Real):
+        # The decimal as it is written: in binary .29 * 100 is less than 29.
+        rank = count_of(max(1, int(Fraction(str(gamma)) * size)))
+    else:
+        rank = share_of(jnp.float32(gamma), count_of(size))
+    return kth_smallest_bits(bits, rank, axes)
+
+
+def _whole(sizes: list[int], axis_name: AxisName) -> int:
+    """Elements of all shards of arrays that have these sizes on each."""
+    return sum(sizes) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
 
 
 def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:

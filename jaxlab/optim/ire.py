@@ -28,6 +28,7 @@ from jaxlab.optim.flat_mask import (
     refreshed,
     value_at,
 )
+from jaxlab.optim.threshold import AxisName
 
 CurvatureFn = Callable[..., PyTree]
 
@@ -43,6 +44,7 @@ def scale_flat_directions(
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
+    axis_name: AxisName = None,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by ``1 + kappa`` on the flat coordinates; belongs last in a chain.
@@ -62,6 +64,9 @@ def scale_flat_directions(
       param_mask: pytree of booleans (or a function of a tree like the parameters): leaves that take
         part; others are neither ranked nor boosted.
       rank_zeros: whether exact zeros (unseen embedding rows, dead units) count in the share.
+      axis_name: axes of ``jax.shard_map`` along which every leaf is split, to find the threshold of
+        the whole and not of each shard; a leaf that is not split counts once for each shard. Under
+        plain ``jit`` None, however things are sharded.
       seed: of the keys that estimators get, a fresh one each refresh.
 
     ``update`` takes a curvature in one of three ways: the estimator above; ``curvature_fn(params,
@@ -76,7 +81,7 @@ def scale_flat_directions(
     """
     _check_settings(kappa, gamma, update_interval, curvature_decay)
     decay = None if _is_zero(curvature_decay) else curvature_decay
-    ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, decay), curvature
+    ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, decay, axis_name), curvature
 
     def init(params: PyTree) -> FlatDirectionsState:
         return initial_state(params, ranking, seed)
@@ -123,6 +128,7 @@ def ire(
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
+    axis_name: AxisName = None,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """``base`` with its update enlarged on flat coordinates; see :func:`scale_flat_directions`."""
@@ -137,6 +143,7 @@ def ire(
         scope=scope,
         param_mask=param_mask,
         rank_zeros=rank_zeros,
+        axis_name=axis_name,
         seed=seed,
     )
     return optax.chain(base, boost)
@@ -151,6 +158,7 @@ def refresh_flat_mask(
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
+    axis_name: AxisName = None,
 ) -> PyTree:
     """``opt_state`` with a new mask, wherever in it the transformation's state is.
 
@@ -161,7 +169,7 @@ def refresh_flat_mask(
     Raises ValueError when there is no such state, or one that other settings have made.
     """
     decay = None if _is_zero(curvature_decay) else curvature_decay
-    ranking = Ranking(gamma, scope, param_mask, rank_zeros, decay)
+    ranking = Ranking(gamma, scope, param_mask, rank_zeros, decay, axis_name)
     found = []
 
     def renewed(part: Any) -> Any:

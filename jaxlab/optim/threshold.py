@@ -18,6 +18,7 @@ _DIGITS = 1 << _DIGIT_BITS
 _LIMB_BITS = 16  # counts are pairs (high, low) of which low < 2^16: up to 2^48 elements
 _INFINITY = np.uint32(0x7F800000)
 
+AxisName = str | tuple[str, ...] | None
 Count = tuple[UInt32[Array, "*digits"], UInt32[Array, "*digits"]]
 
 
@@ -60,19 +61,24 @@ def subtract(left: Count, right: Count) -> Count:
     return left[0] - right[0] - borrow, left[1] + (borrow << _LIMB_BITS) - right[1]
 
 
-def count_true(parts: Sequence[Bool[Array, "..."]]) -> Count:
-    """How many elements of some arrays are True."""
-    return _total([_count(part) for part in parts])
+def count_true(parts: Sequence[Bool[Array, "..."]], axis_name: AxisName = None) -> Count:
+    """How many elements of some arrays are True, over all shards of the named axes."""
+    return _total([_count(part) for part in parts], axis_name)
 
 
-def kth_smallest_bits(bits: Sequence[UInt32[Array, "..."]], rank: Count) -> UInt32[Array, ""]:
-    """Bits of the ``rank``-th smallest (from 1) of all elements of some arrays, as if sorted."""
+def kth_smallest_bits(
+    bits: Sequence[UInt32[Array, "..."]], rank: Count, axis_name: AxisName = None
+) -> UInt32[Array, ""]:
+    """Bits of the ``rank``-th smallest (from 1) of all elements of some arrays, as if sorted.
+
+    Within ``jax.shard_map`` the arrays are shards of the whole along the named axes.
+    """
 
     def next_digit(number: Array, prefix: UInt32[Array, ""]) -> UInt32[Array, ""]:
         shift = (jnp.uint32(32 // _DIGIT_BITS - 1) - number.astype(jnp.uint32)) * _DIGIT_BITS
         bounds = prefix + (jnp.arange(1, _DIGITS, dtype=jnp.uint32) << shift)
         parts = [_counts_below(part, bounds) for part in bits]
-        counts = [_total(of_one_bound) for of_one_bound in zip(*parts, strict=True)]
+        counts = [_total(of_one_bound, axis_name) for of_one_bound in zip(*parts, strict=True)]
         # The digit is the number of bounds with too few elements below.
         digit = sum(_less(count, rank).astype(jnp.uint32) for count in counts)
         return prefix + (digit << shift)
@@ -124,12 +130,13 @@ def _limbs(total: UInt32[Array, ""]) -> Count:
     return total >> _LIMB_BITS, total & ((1 << _LIMB_BITS) - 1)
 
 
-def _total(counts: Sequence[Count]) -> Count:
-    # Fewer than 2^16 arrays, so the low limbs cannot overflow.
+def _total(counts: Sequence[Count], axis_name: AxisName) -> Count:
+    # Fewer than 2^16 arrays, so the low limbs cannot overflow; and then fewer than 2^16 shards.
     zero = jnp.uint32(0)
     high = sum((count[0] for count in counts), start=zero)
     low = sum((count[1] for count in counts), start=zero)
-    return _carried(high, low)
+    total = _carried(high, low)
+    return total if axis_name is None else _carried(*jax.lax.psum(total, axis_name))
 
 
 def _carried(high: Array, low: Array) -> Count:

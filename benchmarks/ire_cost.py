@@ -23,12 +23,8 @@ from jaxtyping import Array, PyTree
 from jaxlab.config import IREConfig, ModelConfig, OptimizerConfig, ScheduleConfig, StageConfig
 from jaxlab.models.decoder import abstract_decoder, initial_parameters, parameter_count
 from jaxlab.models.presets import PRESETS
-from jaxlab.optim import (
-    FlatDirectionsState,
-    make_optimizer,
-    refresh_flat_mask,
-    scale_flat_directions,
-)
+from jaxlab.optim import make_optimizer, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim.flat_mask import flat_states
 from jaxlab.tools.output import machine, write_json
 from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.state import start_state
@@ -85,14 +81,7 @@ class Contestant:
 
     def state_bytes(self) -> int:
         """Bytes of what IRE adds to the optimizer's state."""
-        found = [
-            part
-            for part in jax.tree.leaves(
-                self.state.opt_state, is_leaf=lambda x: isinstance(x, FlatDirectionsState)
-            )
-            if isinstance(part, FlatDirectionsState)
-        ]
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(found))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(flat_states(self.state.opt_state)))
 
 
 def measure_cost(args: argparse.Namespace) -> dict:

@@ -190,19 +190,46 @@ def _whole(sizes: list[int], axis_name: AxisName) -> int:
     return sum(sizes) * (1 if axis_name is None else jax.lax.axis_size(axis_name))
 
 
+def flat_states(opt_state: PyTree) -> list[FlatDirectionsState]:
+    """All states of the transformation within an optimizer's; two parts of a partition have two."""
+
+    def one(part: Any) -> bool:
+        return isinstance(part, FlatDirectionsState)
+
+    return [part for part in jax.tree.leaves(opt_state, is_leaf=one) if one(part)]
+
+
+def flat_shares(opt_state: PyTree) -> dict[str, Array]:
+    """Shares of flat coordinates and of exact zeros at the last refresh, by parameters' mean.
+
+    An empty dictionary when there is no mask. Pure; may be jitted.
+    """
+    states = flat_states(opt_state)
+    sizes = [float(sum(x.size for x in jax.tree.leaves(state.flat_mask))) for state in states]
+
+    def mean(values: list[Array]) -> Array:
+        return sum(n / sum(sizes) * x for n, x in zip(sizes, values, strict=True))
+
+    if not states:
+        return {}
+    return {
+        "flat_fraction": mean([state.flat_fraction for state in states]),
+        "zero_fraction": mean([state.zero_fraction for state in states]),
+    }
+
+
 def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:
     """Share of flat coordinates in each group of parameters, wherever in a state the mask is.
 
     ``labels`` maps a tree like the parameters to one of group names; None: each leaf by its path.
     An empty dictionary when there is no mask. Pure; may be jitted.
     """
-    mask = optax.tree.get(opt_state, "flat_mask", None)
-    if mask is None:
-        return {}
-    names = group_labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
     flat: dict[str, list[Array]] = {}
-    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
-        flat.setdefault(name, []).append(leaf)
+    for state in flat_states(opt_state):
+        mask = state.flat_mask
+        names = group_labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
+        for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
+            flat.setdefault(name, []).append(leaf)
     return {
         name: as_float(count_true(leaves)) / float(sum(leaf.size for leaf in leaves))
         for name, leaves in flat.items()

@@ -23,7 +23,7 @@ from jaxlab.data.autoaugment import auto_augment
 from jaxlab.data.randaugment import rand_augment
 from jaxlab.models.vision import VisionModel
 from jaxlab.optim.curvature import random_ranks, sampled_label_gradient, sampled_label_root_fisher
-from jaxlab.training.step import flat_shares
+from jaxlab.optim.flat_mask import flat_shares
 from jaxlab.workloads.vision_config import VisionConfig
 
 Batch = dict[str, Array]

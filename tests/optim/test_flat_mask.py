@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.optim import flat_fractions, ire, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim import (
+    flat_fractions,
+    flat_shares,
+    ire,
+    refresh_flat_mask,
+    scale_flat_directions,
+)
 
 DRAW = np.random.default_rng(0)
 PARAMS = {
@@ -146,3 +152,19 @@ def test_a_share_is_the_decimal_number_that_is_written(gamma, size, flat):
     optimizer = scale_flat_directions(1.0, gamma)
     _, state = optimizer.update(values, optimizer.init(values), values, curvature=values)
     assert int(state.flat_mask["w"].sum()) == flat
+
+
+def test_two_transformations_in_one_partition_are_told_of_together():
+    """Each with a share of its own, of leaves of 24 and 7."""
+    pair = {"w": ire(optax.sgd(0.1), 1.0, 0.5), "b": ire(optax.adam(0.1), 1.0, 1.0)}
+    optimizer = optax.partition(pair, {"w": "w", "b": "b"}, mask_compatible_extra_args=True)
+    state = optimizer.init(PARAMS)
+    _, state = optimizer.update(PARAMS, state, PARAMS, curvature=CURVATURE)
+    assert flat_fractions(state) == {"['w']": 0.5, "['b']": 1.0}
+    assert flat_fractions(state, lambda tree: jax.tree.map(lambda _: "all", tree)) == {
+        "all": pytest.approx(19 / 31)
+    }
+    shares = flat_shares(state)
+    assert float(shares["flat_fraction"]) == pytest.approx(19 / 31)
+    assert float(shares["zero_fraction"]) == 0.0
+    assert flat_shares(optax.adam(0.1).init(PARAMS)) == {}

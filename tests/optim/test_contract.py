@@ -61,9 +61,18 @@ def test_the_parts_of_a_state_that_are_like_the_parameters_can_be_told(name):
     state = jax.eval_shape(optimizer.init, PARAMS)
     marked = optax.tree.map_params(optimizer, lambda _: "like", state)
     found = [x for x in jax.tree.leaves(marked) if isinstance(x, str)]
-    moments = dict(ire=3, ire_average=3, sam=1, average_sam=2, sam_ire=1, blockwise=2, grad_power=2)
-    if name in moments:
-        assert len(found) == moments[name] * len(PARAMS)
+    # Of each parameter; with LITE a matrix has momentum and ratio, any other AdamW's two moments.
+    parts = dict(
+        ire=3,
+        ire_average=3,
+        sam=1,
+        average_sam=2,
+        sam_ire=1,
+        blockwise=2,
+        grad_power=2,
+        lite_muon=2,
+    )
+    assert len(found) == parts[name] * len(PARAMS)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -68,7 +68,8 @@ class SequenceFormat:
         )[0]
 
 
-def _loss_sum(params, graphdef, form: SequenceFormat, batch: Batch) -> Float[Array, ""]:
+def loss_sum(params: PyTree, graphdef: Any, form: SequenceFormat, batch: Batch) -> Float[Array, ""]:
+    """Sum of the next-token loss over the tokens that count."""
     decoder = nnx.merge(graphdef, params)
     hidden = form.hidden(decoder, batch)
     return cross_entropy_sum(hidden, decoder.unembedding(), batch["tokens"], batch["loss_mask"])
@@ -80,7 +81,7 @@ def _gradients(
     """Mean of the loss over the tokens that count, and its gradients, by micro-batches."""
 
     def gradient_of(part: Batch):
-        return jax.value_and_grad(_loss_sum)(params, graphdef, form, part)
+        return jax.value_and_grad(loss_sum)(params, graphdef, form, part)
 
     total, gradients = sum_over_parts(gradient_of, batch, accumulation)
     weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -79,7 +80,13 @@ def scale_flat_directions(
     Raises ValueError for settings that cannot be, and, when ``update`` is traced, for a refresh
     without any curvature.
     """
-    _check_settings(kappa, gamma, update_interval, curvature_decay)
+    _check_settings(
+        kappa=kappa,
+        gamma=gamma,
+        update_interval=update_interval,
+        start_step=start_step,
+        curvature_decay=curvature_decay,
+    )
     decay = None if _is_zero(curvature_decay) else curvature_decay
     ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, decay, axis_name), curvature
 
@@ -101,6 +108,8 @@ def scale_flat_directions(
             return updates, state._replace(count=following)
         if update_interval is not None or refresh is not None:
             source = _source(curvature, curvature_fn, estimator, extra_args)
+            if curvature is None:
+                _check_whole(params)
             due = refresh if refresh is not None else _due(state.count, start_step, update_interval)
             state = jax.lax.cond(
                 due,
@@ -108,6 +117,8 @@ def scale_flat_directions(
                 lambda old: old,
                 state,
             )
+        elif curvature is not None or curvature_fn is not None:
+            raise ValueError(_NEVER_REFRESHED)
         # A mask may be there before its time: from ``refresh`` or ``refresh_flat_mask``.
         factor = 1 + jnp.where(state.count >= start_step, value_at(kappa, state.count), 0)
         boosted = jax.tree.map(lambda u, flat: _boost(u, flat, factor), updates, state.flat_mask)
@@ -164,11 +175,13 @@ def refresh_flat_mask(
 
     For transformations made with ``update_interval=None``: the curvature comes from a program of
     its own, over a batch of its own (accumulation, SAM, models that leave no room for a second
-    backward pass in the step). The settings are those of the transformation. Pure; may be jitted.
+    backward pass in the step). The state does not hold the transformation's settings: give gamma,
+    scope and the others again. Pure; may be jitted.
 
     Raises ValueError when there is no such state, or one that other settings have made.
     """
     decay = None if _is_zero(curvature_decay) else curvature_decay
+    _check_settings(gamma=gamma, curvature_decay=curvature_decay)
     ranking = Ranking(gamma, scope, param_mask, rank_zeros, decay, axis_name)
     found = []
 
@@ -191,6 +204,14 @@ _NO_CURVATURE = (
     "a refresh of the flat directions needs a curvature: pass curvature_fn=f(params, key) or "
     "curvature=TREE to update, make the transformation with curvature=f, or with "
     "update_interval=None and call refresh_flat_mask"
+)
+_NEVER_REFRESHED = (
+    "update_interval=None never takes the curvature given to update: say when with refresh=..., or "
+    "give it to refresh_flat_mask between steps"
+)
+_PART_OF_THE_PARAMETERS = (
+    "a curvature function sees only a part of the parameters within optax.masked or "
+    "optax.partition: pass curvature=TREE with refresh=..., or call refresh_flat_mask between steps"
 )
 
 
@@ -247,14 +268,30 @@ def _is_zero(number: Any) -> bool:
     return isinstance(number, Real) and number == 0
 
 
-def _check_settings(kappa: Any, gamma: Any, update_interval: Any, curvature_decay: Any) -> None:
+_RULES = {
+    "kappa": (lambda x: x >= 0, "at least 0"),
+    "gamma": (lambda x: 0 < x <= 1, "a share in (0, 1]"),
+    "update_interval": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None"),
+    "start_step": (lambda x: x >= 0, "at least 0"),
+    "curvature_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
+
+
+def _check_settings(**settings: Any) -> None:
     """Raises ValueError; arrays and schedules, whose values are not known, pass."""
-    rules = (
-        ("kappa", kappa, lambda x: x >= 0, "at least 0"),
-        ("gamma", gamma, lambda x: 0 < x <= 1, "a share in (0, 1]"),
-        ("update_interval", update_interval, lambda x: x >= 1, "at least 1, or None"),
-        ("curvature_decay", curvature_decay, lambda x: 0 <= x < 1, "in [0, 1)"),
-    )
-    for name, value, holds, what in rules:
-        if isinstance(value, Real) and not holds(value):
-            raise ValueError(f"{name} is {value}: it must be {what}")
+    for name, value in settings.items():
+        holds, what = _RULES[name]
+        if value is None and name in ("update_interval", "curvature_decay"):
+            continue
+        if isinstance(value, Real):
+            if not holds(value):
+                raise ValueError(f"{name} is {value}: it must be {what}")
+        elif not callable(value) and not isinstance(value, jax.Array | np.ndarray):
+            raise ValueError(f"{name} is {value!r}: it must be a number, {what}")
+
+
+def _check_whole(params: PyTree) -> None:
+    """Raises ValueError where only a part of the parameters is given to a curvature function."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda part: isinstance(part, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(_PART_OF_THE_PARAMETERS)

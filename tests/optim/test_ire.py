@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxlab.optim import FlatDirectionsState, ire, refresh_flat_mask, sam, scale_flat_directions
+from jaxlab.optim.ire import _check_settings
 
 BASES = {
     "sgd": lambda rate: optax.sgd(rate),
@@ -229,12 +230,48 @@ def test_a_refresh_without_curvature_is_an_error_that_names_the_keyword():
         (dict(kappa=1.0, gamma=0.0), "gamma is 0.0"),
         (dict(kappa=1.0, gamma=1.5), "gamma is 1.5"),
         (dict(kappa=1.0, update_interval=0), "update_interval is 0"),
+        (dict(kappa=1.0, start_step=-1), "start_step is -1"),
         (dict(kappa=1.0, curvature_decay=1.0), "curvature_decay is 1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         scale_flat_directions(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(kappa="2"), "kappa is '2': it must be a number"),
+        (dict(kappa=None), "kappa is None"),
+        (dict(kappa=float("nan")), "kappa is nan"),
+        (dict(update_interval=2.5), "update_interval is 2.5"),
+    ],
+)
+def test_without_type_checks_the_same_place_refuses_what_is_no_number(settings, message):
+    with pytest.raises(ValueError, match=message):
+        _check_settings(**settings)
+
+
+def test_a_refresh_out_of_band_holds_the_share_to_the_same_rule():
+    state = ire(optax.sgd(0.1), 1.0, update_interval=None).init(PARAMS)
+    with pytest.raises(ValueError, match=r"gamma is 0\.0"):
+        refresh_flat_mask(state, CURVATURE, 0.0)
+
+
+def test_a_curvature_that_is_never_taken_is_an_error():
+    optimizer = ire(optax.sgd(0.1), 1.0, update_interval=None)
+    for given in (dict(curvature_fn=fixed), dict(curvature=CURVATURE)):
+        with pytest.raises(ValueError, match=r"say when with refresh=\.\.\."):
+            optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, **given)
+
+
+def test_a_curvature_function_that_would_see_a_part_is_refused_by_name():
+    mask = jax.tree.map(lambda _: True, PARAMS)
+    mask[next(iter(mask))] = False
+    optimizer = optax.masked(ire(optax.sgd(0.1), 1.0), mask)
+    with pytest.raises(ValueError, match=r"pass curvature=TREE with refresh"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, curvature_fn=fixed)
 
 
 def test_strength_and_share_may_be_hyperparameters_in_the_state():

@@ -244,16 +244,20 @@ class ExperimentConfig:
         return self.seed if self.data.seed is None else self.data.seed
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
+def load_config(
+    path: str | os.PathLike, overrides: Sequence[str] = (), *, swept: Sequence[str] = ()
+) -> Any:
     """Read a YAML file, lay ``a.b=value`` overrides on top and check the result.
 
-    Returns the configuration class of the file's ``workload``: ExperimentConfig for a language
-    model. Raises ConfigError naming the file (or the override), the dotted key and what is known
-    instead.
+    ``swept`` are the overrides of a sweep, which go over the others. Returns the configuration
+    class of the file's ``workload``: ExperimentConfig for a language model. Raises ConfigError
+    naming the file (or the override), the dotted key and what is known instead.
     """
     path = Path(path)
     raw = strict_yaml.read_mapping(path)
-    source = strict_yaml.apply_overrides(raw, overrides, str(path))
+    source = strict_yaml.Source(str(path))
+    strict_yaml.apply_overrides(raw, overrides, source)
+    strict_yaml.apply_overrides(raw, swept, source, flag="--over")
     workload = raw.get("workload", "language-model")
     if not isinstance(workload, str) or workload not in WORKLOADS:
         raise source.error("workload", f"{workload!r} is none of {', '.join(WORKLOADS)}")

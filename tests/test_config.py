@@ -96,6 +96,30 @@ def test_a_key_of_another_section_is_pointed_to(tiny):
     assert "did you mean memory.tokens_kept?" in message
 
 
+def test_a_section_that_an_override_brings_is_the_overrides_and_not_the_files(tiny):
+    message = message_of(tiny, "optimiser.ire.kappa=1")
+    assert message.startswith("--set optimiser.ire.kappa=1: optimiser: unknown key; did you mean")
+    message = message_of(REPOSITORY / "configs/flat_toys.yaml", "optimizer.ire.kappa=1")
+    assert message == (
+        "--set optimizer.ire.kappa=1: optimizer: unknown key; this workload has workload, name"
+    )
+    message = message_of(REPOSITORY / "configs/vision_small.yaml", "stages.warmup.steps=3")
+    assert message == "--set stages.warmup.steps=3: stages: unknown key; did you mean stage?"
+    message = message_of(tiny, "stages.continual.schedule.xyz=1")
+    assert message.endswith(
+        "unknown key; stages.continual.schedule has name, warmup_steps, decay_fraction, "
+        "final_fraction"
+    )
+
+
+def test_a_swept_value_goes_over_the_others_and_is_named_as_given(tiny):
+    assert load_config(tiny, ["seed=1"], swept=["seed=2"]).seed == 2
+    with pytest.raises(ConfigError, match=r"^--over seed=x: seed: expected an integer, got 'x'"):
+        load_config(tiny, ["seed=1"], swept=["seed=x"])
+    with pytest.raises(ConfigError, match=r"^--over a=\[.*: not readable as YAML"):
+        load_config(tiny, swept=["a=["])
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [

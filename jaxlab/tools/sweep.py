@@ -116,7 +116,7 @@ def run_cells(
     Raises as ``run_sweep`` does; what already runs beside a cell that fails is waited for and kept.
     """
     # Every mistake is found now and not hours later.
-    hashes = [identity_hash(load_config(config, [*overrides, *c.overrides])) for c in cells]
+    hashes = [identity_hash(load_config(config, overrides, swept=c.overrides)) for c in cells]
 
     def one(cell: Cell, identity: str) -> dict[str, Any]:
         return run_cell(config, cell, out=out, overrides=overrides, identity=identity)

@@ -128,6 +128,8 @@ def test_every_cell_is_checked_before_the_first_is_trained(trainer, config, tmp_
     with pytest.raises(ConfigError, match="must be positive"):
         run(config, tmp_path, "optimizer.learning_rate=0.3,-1")
     assert trainer.commands == [] and not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"^--over optimizer.ire.kapa=1: .*ire.kappa\?$"):
+        run(config, tmp_path, "optimizer.ire.kapa=1,2", overrides=["optimizer.ire.kappa=1"])
 
 
 def test_workers_train_at_once_on_cores_of_their_own_and_rows_keep_their_order(

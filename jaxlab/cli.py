@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
         )
-    several = "values of a key, such as optimizer.learning_rate=1e-3,2e-3; several make a grid"
+    several = (
+        "values of a key, such as seed=0,1 or optimizer.ire='null,{kappa: 2}'; several: a grid"
+    )
     sweep.add_argument("--over", action="append", required=True, metavar="KEY=a,b,c", help=several)
     sweep.add_argument("--json", required=True, metavar="FILE", help="results; a plot goes beside")
     sweep.add_argument("--out", metavar="DIR", help="the runs (FILE without its ending)")

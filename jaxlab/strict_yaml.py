@@ -72,7 +72,8 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """The value of a YAML text; ConfigError, naming ``where`` it stands, when it is none."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -94,7 +95,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    raw = _parse(text, str(path))
+    raw = parse(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {_describe(raw)}")
     return raw
@@ -119,7 +120,7 @@ def apply_overrides(
                 source.overrides[".".join(parts[:depth])] = f"{flag} {text}"
                 node[part] = {}
             node = node[part]
-        node[parts[-1]] = _parse(value, f"{flag} {text}")
+        node[parts[-1]] = parse(value, f"{flag} {text}")
         source.overrides[".".join(parts)] = f"{flag} {text}"
 
 

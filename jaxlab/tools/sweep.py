@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxlab import strict_yaml
 from jaxlab.config import identity_hash, load_config
 from jaxlab.errors import ConfigError, JaxlabError
-from jaxlab.tools.output import write_json
+from jaxlab.tools.output import short_names, short_values, write_json
 from jaxlab.training.guards import NotFiniteError
 from jaxlab.training.metrics import read_metrics
 
@@ -27,6 +28,7 @@ SEED = "seed"
 _METRIC = "validation_loss"
 # Steps at the end whose mean is the training loss of a run.
 _LAST_STEPS = 20
+_NO_EDGE = 10_000
 
 
 class SweepError(JaxlabError):
@@ -50,13 +52,18 @@ class Cell:
         """As ``--set`` takes them."""
         return [f"{key}={value}" for key, value in self.values.items()]
 
+    @property
+    def plain_values(self) -> dict[str, Any]:
+        """As JSON files have them: numbers as numbers, anything else as it was given."""
+        return {key: _plain(value) for key, value in self.values.items()}
+
 
 def cells_of(over: Sequence[str]) -> list[Cell]:
     """All combinations of ``KEY=a,b,c`` texts, the last key turning fastest. Raises ConfigError."""
     axes: dict[str, list[str]] = {}
     for text in over:
         key, equals, values = text.partition("=")
-        parts = [value.strip() for value in values.split(",")]
+        parts = split_values(values)
         if not (key.strip() and equals and all(parts)):
             raise ConfigError(f"--over {text}: expected KEY=a,b,c, such as --over seed=0,1,2")
         if key.strip() in axes:
@@ -65,6 +72,30 @@ def cells_of(over: Sequence[str]) -> list[Cell]:
     return [
         Cell(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
+
+
+def split_values(text: str) -> list[str]:
+    """The parts of ``a,b,c``; a comma within brackets, braces or quotes parts nothing."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and parts[-1].rstrip()[-1:] in ("", *"[{,:"):
+            quote = letter  # within a word it is an apostrophe
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth -= 1
+        if letter == "," and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _plain(text: str) -> int | float | str:
+    value = strict_yaml.parse(text, text)
+    return value if type(value) in (int, float) and math.isfinite(value) else text
 
 
 def run_sweep(
@@ -153,7 +184,7 @@ def run_cell(
             raise SweepError(
                 f"{done}: was trained with another configuration; use another --out or remove it"
             )
-        return known["row"]
+        return {**known["row"], "set": cell.plain_values}
     out.mkdir(parents=True, exist_ok=True)
     settings = [*overrides, *cell.overrides]
     command = [sys.executable, "-m", "jaxlab.cli", "train", config, "--out", str(run)]
@@ -163,7 +194,7 @@ def run_cell(
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
-    row: dict[str, Any] = {"set": cell.values, "status": "done"}
+    row: dict[str, Any] = {"set": cell.plain_values, "status": "done"}
     if code == NotFiniteError.exit_code:
         row["status"] = "diverged"
     elif code != 0:
@@ -217,7 +248,7 @@ def _result(config: str, over, overrides, rows: list[dict]) -> dict[str, Any]:
     }
 
 
-def _summary(values: dict[str, str], members: list[dict]) -> dict[str, Any]:
+def _summary(values: dict[str, Any], members: list[dict]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of the runs that did not diverge."""
     ends = [row[_METRIC] for row in members if row["status"] == "done"]
     return {
@@ -230,15 +261,17 @@ def _summary(values: dict[str, str], members: list[dict]) -> dict[str, Any]:
 
 
 def _print_table(result: dict[str, Any]) -> None:
+    keys = list(result["groups"][0]["set"])
+    texts = {key: short_values([group["set"][key] for group in result["groups"]]) for key in keys}
     table = Table()
-    for name in (*result["groups"][0]["set"], _METRIC, "runs", "diverged"):
-        table.add_column(name)
+    for name in (*short_names(keys).values(), _METRIC, "runs", "diverged"):
+        table.add_column(name, overflow="fold")
     for group in result["groups"]:
         mean, std = group["mean"], group["std"]
         text = "-" if mean is None else f"{mean:.4f}"
         text += "" if std is None else f" ± {std:.4f}"
-        mark = " *" if group["set"] == result["best"] else ""
-        table.add_row(
-            *group["set"].values(), text + mark, str(group["runs"]), str(group["diverged"])
-        )
-    Console().print(table)
+        text += " *" if group["set"] == result["best"] else ""
+        values = [texts[key][value] for key, value in group["set"].items()]
+        table.add_row(*values, text, str(group["runs"]), str(group["diverged"]))
+    # A file has no edge at which a line would have to be folded.
+    Console(width=None if sys.stdout.isatty() else _NO_EDGE).print(table)

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from jaxlab.cli import main
+from jaxlab.training.loop import TrainResult
+from jaxlab.workloads import demo
 from tests.integration import tiny_run
 from tests.integration.tiny_run import files_of, flip_bit
 
@@ -199,6 +201,14 @@ def test_what_is_no_run_and_a_stage_that_is_not_there_are_named(fails, tiny, tmp
     assert line.startswith(f"{tmp_path}: is not a run directory")
     line = fails("generate", "--run", f"{tiny.run}@end", "--prompt", "the")
     assert "labelled 'end' (labels there: continual, warmup)" in line
+
+
+def test_a_demo_that_is_interrupted_ends_as_other_commands_do(tmp_path, monkeypatch, capsys):
+    stopped = TrainResult(7, "warmup", interrupted=True, validation_loss=None)
+    monkeypatch.setattr(demo, "train", lambda config, out: stopped)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    line = "interrupted: step 7 is done; the same command goes on from there\n"
+    assert capsys.readouterr().err == line
 
 
 # Reading and evaluating

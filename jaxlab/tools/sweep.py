@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxlab import strict_yaml
 from jaxlab.config import identity_hash, load_config
-from jaxlab.errors import ConfigError, JaxlabError
+from jaxlab.errors import ConfigError, Interrupted, JaxlabError
 from jaxlab.tools.output import short_names, short_values, write_json
 from jaxlab.training.guards import NotFiniteError
 from jaxlab.training.metrics import read_metrics
@@ -56,6 +56,10 @@ class Cell:
     def plain_values(self) -> dict[str, Any]:
         """As JSON files have them: numbers as numbers, anything else as it was given."""
         return {key: _plain(value) for key, value in self.values.items()}
+
+    def record(self, out: Path) -> Path:
+        """The file in ``out`` that is there once the cell is done."""
+        return out / f"{self.name}.json"
 
 
 def cells_of(over: Sequence[str]) -> list[Cell]:
@@ -112,7 +116,8 @@ def run_sweep(
 
     Runs lie in ``out`` (default: ``json_file`` without its ending). What is done is not done again,
     and a run that was interrupted goes on. Raises ConfigError for any cell before the first one is
-    trained, SweepError when one fails; a run that diverges is a result.
+    trained, SweepError when one fails, Interrupted with the number of cells that are done; a run
+    that diverges is a result.
     """
     out = out or json_file.with_suffix("")
     if out == json_file:
@@ -120,12 +125,16 @@ def run_sweep(
     cells = cells_of(over)
     rows = []
     found = run_cells(config, cells, out=out, overrides=overrides, workers=workers)
-    for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
-        rows.append(row)
-        result = _result(config, over, overrides, rows)
-        write_json(json_file, result)
-        ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
-        report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
+    try:
+        for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
+            rows.append(row)
+            result = _result(config, over, overrides, rows)
+            write_json(json_file, result)
+            ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
+            report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
+    except KeyboardInterrupt:
+        done = sum(cell.record(out).is_file() for cell in cells)
+        raise Interrupted(f"{done} of {len(cells)} cells are done") from None
     _print_table(result)
     from jaxlab.tools.plots import plot_sweep
 
@@ -177,7 +186,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """The result of one cell, trained now unless ``out`` has it already. Raises SweepError."""
     run, log = out / cell.name, out / f"{cell.name}.log"
-    done = out / f"{cell.name}.json"
+    done = cell.record(out)
     if done.is_file():
         known = json.loads(done.read_text(encoding="utf-8"))
         if known["identity"] != identity:

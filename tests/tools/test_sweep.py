@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -9,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxlab.errors import ConfigError
+from jaxlab.cli import main
+from jaxlab.errors import ConfigError, Interrupted
 from jaxlab.tools import sweep
 from jaxlab.tools.output import short_names
 from jaxlab.tools.sweep import SweepError, cells_of, interval, run_sweep, split_values
@@ -186,6 +189,26 @@ def test_another_failure_ends_the_sweep_with_its_reason(trainer, config, tmp_pat
     trainer.codes = {}
     run(config, tmp_path, "optimizer.learning_rate=0.3,0.2")
     assert len(trainer.commands) == 3  # the first cell was kept, the second is tried again
+
+
+def test_an_interrupted_sweep_says_how_many_cells_are_done_and_goes_on(
+    trainer, config, tmp_path, monkeypatch, capsys
+):
+    def stopped(command, **kwargs):
+        if len(trainer.commands) == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            return SimpleNamespace(returncode=Interrupted.exit_code)
+        return trainer(command, **kwargs)
+
+    replace_run(monkeypatch, stopped)
+    over = ["--over", "optimizer.learning_rate=0.3,0.2,0.1"]
+    words = ["sweep", config, *over, "--json", str(tmp_path / "out.json")]
+    assert main(words) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    again = shlex.join(["jaxlab", *words])
+    assert line == f"interrupted: 1 of 3 cells are done; go on with: {again}"
+    replace_run(monkeypatch, trainer)
+    assert main(words) == 0 and len(trainer.commands) == 3
 
 
 def test_every_cell_is_checked_before_the_first_is_trained(trainer, config, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from jaxlab.cli import main
+from jaxlab.training.guards import NotFiniteError
 from jaxlab.training.loop import TrainResult
 from jaxlab.workloads import demo
 from tests.integration import tiny_run
@@ -176,6 +177,17 @@ def test_what_was_prepared_for_another_configuration_is_not_used(fails, tiny, tm
     key = change.partition("=")[0]
     assert line.startswith(f"{run} was begun with another configuration (they differ in {key}); ")
     assert files_of(run) == before
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_that_diverges_says_what_can_be_done_from_where_it_is(tiny, tmp_path, capsys, saves):
+    changes = ["stages.continual=null", "data.facts_fraction=0", "optimizer.ire.kappa=1"]
+    changes += ["stages.warmup.learning_rate=1e38", f"training.save_every={int(saves)}"]
+    words = ["train", str(tiny.config), "--set", *changes, "--out", str(tmp_path / "run")]
+    assert main(words) == NotFiniteError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "with a lower optimizer.ire.kappa, a lower stages.warmup.learning_rate, " in line
+    assert line.endswith("; init_from set to this directory keeps its last weights") == saves
 
 
 @pytest.mark.parametrize(

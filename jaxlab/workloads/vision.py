@@ -21,7 +21,7 @@ from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights, split_location
-from jaxlab.training.guards import InterruptGuard
+from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.loop import CONFIG_FILE, TrainResult
 from jaxlab.training.metrics import Goodput, MetricsWriter
 from jaxlab.training.steps import Recorder, run_steps
@@ -158,7 +158,11 @@ class _Trainer:
             training=config.training,
             guard=self.guard,
             goodput=self.goodput,
-            record=Recorder(self._write, units=stage.batch_size),
+            record=Recorder(
+                self._write,
+                units=stage.batch_size,
+                advice=lambda: divergence_advice(config.optimizer, stage, "stage"),
+            ),
             evaluate=functools.partial(self._evaluate, logits),
             save=save,
         )

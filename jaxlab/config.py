@@ -25,6 +25,7 @@ from jaxlab.training_config import (
     StageConfig,
     TrainingConfig,
     fraction,
+    ire_starts,
     not_negative,
     positive,
     require,
@@ -204,6 +205,8 @@ class ExperimentConfig:
         require(self.name != "", "name", "must not be empty")
         not_negative(self, "seed")
         self._fill_learning_rates()
+        named = self.stages.named()
+        ire_starts(self.optimizer, {f"stages.{name}": stage for name, stage in named.items()})
         length, chunk = self.data.sequence_length, self.memory.chunk_length
         grid = f"{length} is not a multiple of memory.chunk_length ({chunk})"
         reads = any(stage.memory for stage in self.stages.named().values())

@@ -285,6 +285,19 @@ def test_a_learning_rate_is_given_once(tiny):
     assert "stages.warmup.learning_rate: missing" in message_of(tiny)
 
 
+def test_ire_that_would_never_start_is_refused_with_both_keys(tiny):
+    late = "optimizer.ire={kappa: 1, start_step: 10}"
+    assert message_of(tiny, late) == (
+        f"--set {late}: optimizer.ire.start_step: is 10 and stages.warmup.steps 10 and "
+        "stages.continual.steps 10: IRE would never start; lower optimizer.ire.start_step or set "
+        "optimizer.ire to null"
+    )
+    assert load_config(tiny, [late, "stages.continual.steps=11"]).optimizer.ire.start_step == 10
+    warm = "stages.warmup.schedule={warmup_steps: 10, decay_fraction: 0.0}"
+    message = message_of(tiny, "optimizer.ire.kappa=1", "stages.continual=null", warm)
+    assert "stages.warmup.schedule.warmup_steps: is 10 and stages.warmup.steps 10: IRE" in message
+
+
 @pytest.mark.parametrize(
     "override, problem",
     [

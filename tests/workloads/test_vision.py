@@ -359,6 +359,7 @@ def test_the_configuration_knows_the_presets_that_there_are():
         ("optimizer.name=muon", "optimizer.name: muon is for the decoder's matrices"),
         ("stage.accumulation=2", "stage.accumulation: batch norm needs the batch in one piece"),
         ("start_loss=0.1", "optimizer.ire.start_step: start_loss decides when IRE starts"),
+        ("stage.steps=1", "ire.start_step: is 1 and stage.steps 1: IRE would never start;"),
         ("optimizer.learning_rate=0.2", "stage.learning_rate: is 0.1, and optimizer"),
         ("data.augmen=none", "data.augmen: unknown key; did you mean data.augment"),
     ],

@@ -194,7 +194,8 @@ def _train(arguments: argparse.Namespace) -> int:
         saved = saved if result.step else "no step was done yet; start again with"
         print(f"interrupted: {saved}: {arguments.again}")
         return Interrupted.exit_code
-    print(f"done: step {result.step}, run {arguments.out}")
+    steps = f"step {result.step}, " if result.step else ""  # a workload may have none
+    print(f"done: {steps}run {arguments.out}")
     return 0
 
 

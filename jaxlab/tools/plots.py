@@ -1,6 +1,7 @@
 """The plots of an evaluation, as PNG files."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,8 @@ def plot_paths(paths: Mapping[float, np.ndarray], path: Path) -> Path:
     return path
 
 
-def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, expected: float) -> Path:
-    """Where u is when theory expects it at one place, over 1 + kappa, for each rule."""
+def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, fall: float) -> Path:
+    """Where u is when log u should have fallen by ``fall``, over 1 + kappa, for each rule."""
     figure, axes = _figure(width=7.0)
     lines: dict[str, list] = {}
     for row in rows:
@@ -152,7 +153,8 @@ def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, expected: fl
         lines.setdefault(label, []).append((1 + row["kappa"], row["u"]))
     for label, points in lines.items():
         axes.plot(*np.transpose(points), "o-", markersize=4, label=label)
-    axes.axhline(expected, color="black", linewidth=0.8, linestyle=":", label="theory, small eta")
+    theory = f"theory for small eta: exp(-{fall:g}) = {math.exp(-fall):.4f}"
+    axes.axhline(math.exp(-fall), color="black", linewidth=0.8, linestyle=":", label=theory)
     axes.set_xscale("log")
     axes.set_ylim(0.5, 0.65)
     axes.set_xlabel("1 + kappa")

@@ -85,7 +85,7 @@ class Study:
 
     def best(self, row: str) -> Settings:
         """The optimizer's settings in the best cell of a row, as they were written."""
-        return self._settings[_at_best(self.rows[row])[0]["run"]]
+        return self._settings[at_best(self.rows[row], self.args.seeds[0])[0]["run"]]
 
 
 def _train_tokenizer(source: str, path: Path) -> None:
@@ -156,11 +156,12 @@ def _boosted(study: Study, steps: int, seed: int) -> None:
 
 def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Rows at their best settings: losses, differences by seed, speed-ups, sharpness."""
-    base, twice, muon = (_at_best(study.rows[name]) for name in (ADAMW, TWICE, MUON))
-    traces = {name: _fisher(args, _at_best(cells)) for name, cells in study.rows.items()}
+    best = {name: at_best(cells, args.seeds[0]) for name, cells in study.rows.items()}
+    base, twice, muon = (best[name] for name in (ADAMW, TWICE, MUON))
+    traces = {name: _fisher(args, mine) for name, mine in best.items()}
     table = []
     for name, cells in study.rows.items():
-        mine = _at_best(cells)
+        mine = best[name]
         row = {"row": name, "diverged": sum(cell["status"] != "done" for cell in cells)}
         table.append(row)
         if not mine:
@@ -187,13 +188,13 @@ def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _at_best(cells: list[dict]) -> list[dict]:
-    """The cells of a row that share the settings of the best one, a seed each; diverged: none."""
+def at_best(cells: list[dict], first: int) -> list[dict]:
+    """The cells of a row with the settings that are best at the first seed; diverged: none."""
     done = [cell for cell in cells if cell["status"] == "done"]
-    if not done:
+    swept = [cell for cell in done if cell["seed"] == first]
+    if not swept:
         return []
-    best = min(done, key=lambda cell: cell["validation_loss"] if cell["seed"] == 0 else math.inf)
-
+    best = min(swept, key=lambda cell: cell["validation_loss"])
     return [cell for cell in done if _optimizer(cell) == _optimizer(best)]
 
 

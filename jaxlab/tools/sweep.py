@@ -1,6 +1,7 @@
 """Train every combination of some values, each in a process of its own, and compare the ends."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -8,7 +9,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +29,8 @@ _METRIC = "validation_loss"
 # Steps at the end whose mean is the training loss of a run.
 _LAST_STEPS = 20
 _NO_EDGE = 10_000
+# Of a run's folder, so that an ending still fits what file systems allow.
+_NAME_LENGTH = 150
 
 
 class SweepError(JaxlabError):
@@ -43,9 +45,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Folder of the run."""
+        """Folder of the run: the values, and where a name cannot say them a hash of them too."""
         text = ",".join(f"{key}={value}" for key, value in self.values.items())
-        return "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in text)
+        name = "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in text)[:_NAME_LENGTH]
+        if name == text:
+            return name
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
     def overrides(self) -> list[str]:
@@ -156,6 +161,10 @@ def run_cells(
     Raises as ``run_sweep`` does; what already runs beside a cell that fails is waited for and kept.
     """
     # Every mistake is found now and not hours later.
+    names = [cell.name for cell in cells]
+    for cell in cells:
+        if names.count(cell.name) > 1:
+            raise ConfigError(f"{' '.join(cell.overrides)} is in the sweep twice")
     hashes = [identity_hash(load_config(config, overrides, swept=c.overrides)) for c in cells]
 
     def one(cell: Cell, identity: str) -> dict[str, Any]:
@@ -198,7 +207,6 @@ def run_cell(
     settings = [*overrides, *cell.overrides]
     command = [sys.executable, "-m", "jaxlab.cli", "train", config, "--out", str(run)]
     command += ["--set", *settings] if settings else []
-    started = time.perf_counter()
     with open(log, "a", encoding="utf-8") as file:
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, check=False
@@ -211,7 +219,6 @@ def run_cell(
         raise SweepError(f"{' '.join(cell.overrides)}: ended with {code}: {lines[-1]} (see {log})")
     else:
         row |= last_numbers(run)
-    row["seconds"] = round(time.perf_counter() - started, 1)
     write_json(done, {"identity": identity, "row": row})
     return row
 

@@ -307,16 +307,18 @@ def vision_problem(
 ) -> Problem:
     """The plain cross-entropy of a run on ``examples`` training images, spread over all of them.
 
-    In float32 and with the trained batch statistics, so that the loss is a sum over images; what
-    does not fill a batch is left out.
+    In float32 and with the trained batch statistics, so that the loss is a sum over images;
+    ``examples`` is rounded down to whole batches.
     """
     loaded = load_vision(run, warn=warn)
     exact = dataclasses.replace(loaded.model, compute_dtype="float32")
     logits = compile_logits(loaded.config, exact)
     source = loaded.data.train_in_order
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int))
-    size = min(batch_size, len(chosen))
-    samples = [source[int(index)] for index in chosen[: len(chosen) // size * size]]
+    count = min(examples, len(source))
+    size = min(batch_size, count)
+    # Rounded before images are chosen: they are in order of class, and the last would be missing.
+    chosen = np.linspace(0, len(source) - 1, count // size * size).astype(int)
+    samples = [source[int(index)] for index in chosen]
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     batches = [
         tuple(jnp.stack([sample[key] for sample in part]) for key in ("images", "labels"))

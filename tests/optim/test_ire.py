@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.optim import FlatDirectionsState, ire, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim import FlatDirectionsState, ire, refresh_flat_mask, sam, scale_flat_directions
 
 BASES = {
     "sgd": lambda rate: optax.sgd(rate),
@@ -281,3 +281,43 @@ def test_nothing_is_compiled_again():
         updates, state = step(params, state)
         params = optax.apply_updates(params, updates)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("way", ["refresh", "out_of_band"])
+def test_before_its_start_no_step_is_enlarged_however_the_mask_came(way):
+    interval = None if way == "out_of_band" else 10
+    optimizer = ire(optax.sgd(0.01), 5.0, 0.5, start_step=2, update_interval=interval)
+    base, state = optax.sgd(0.01), optimizer.init(PARAMS)
+    if way == "out_of_band":
+        state = refresh_flat_mask(state, CURVATURE, 0.5)
+    plain, _ = base.update(PARAMS, base.init(PARAMS))
+    for step in range(4):
+        extra = {} if interval is None else {"curvature": CURVATURE, "refresh": step == 0}
+        updates, state = optimizer.update(PARAMS, state, PARAMS, **extra)
+        assert state[1].flat_mask["w"].any()
+        expected = jax.tree.map(
+            lambda u, n, s=step: u * (1 + 5 * n * (s >= 2)), plain, state[1].flat_mask
+        )
+        close(updates, expected, rtol=1e-6)
+
+
+def test_an_estimator_is_given_those_extra_arguments_that_it_names():
+    """And all of them where it takes any."""
+    seen = {}
+
+    def plain(params, key):
+        return CURVATURE
+
+    def naming(params, key, *, batch):
+        seen["naming"] = batch
+        return CURVATURE
+
+    def any_of_them(params, key, **extra):
+        seen["any"] = sorted(extra)
+        return CURVATURE
+
+    extra = {"batch": 3, "grad_fn": gradient}
+    for estimator in (plain, naming, any_of_them):
+        optimizer = ire(sam(optax.sgd(0.01), 0.1), 1.0, curvature=estimator)
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, **extra)
+    assert seen == {"naming": 3, "any": ["batch", "grad_fn"]}

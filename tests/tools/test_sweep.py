@@ -86,6 +86,22 @@ def test_cells_are_the_grid_with_the_last_key_turning_fastest():
     assert len({cell.name for cell in cells}) == 4
 
 
+def test_no_two_cells_share_a_folder_whatever_their_values_are():
+    """A folder's name has neither slashes nor any length that is asked for."""
+    long = "x" * 300
+    names = [c.name for c in cells_of([f"data.source=a/b,a_b,a b,{long}1,{long}2", "seed=0,1"])]
+    assert len(set(names)) == 10
+    assert max(map(len, names)) < 200 and not any("/" in name for name in names)
+    assert names[2] == "data.source=a_b,seed=0"  # a plain name is left as it is
+
+
+def test_cells_that_are_the_same_are_refused_before_the_first_is_trained(trainer, config, tmp_path):
+    cells = cells_of(["optimizer.learning_rate=0.3"]) * 2
+    with pytest.raises(ConfigError, match="learning_rate=0.3 .*twice"):
+        list(sweep.run_cells(config, cells, out=tmp_path / "out"))
+    assert trainer.commands == []
+
+
 @pytest.mark.parametrize("over", [["a"], ["=1"], ["a=1,,2"], ["a=1", "a=2"]])
 def test_what_is_no_list_of_values_is_refused(over):
     with pytest.raises(ConfigError, match=r"^--over "):
@@ -159,6 +175,9 @@ def test_seeds_are_averaged_and_the_lowest_mean_is_the_best(trainer, config, tmp
     result, lines = run(config, tmp_path, "optimizer.learning_rate=0.3,0.2", "seed=0,1")
     assert [row["validation_loss"] for row in result["rows"]] == pytest.approx([0.3, 0.4, 0.2, 0.3])
     assert [group["mean"] for group in result["groups"]] == pytest.approx([0.35, 0.25])
+    # No seconds: a run that is resumed has been several processes.
+    keys = {"set", "status", "validation_loss", "training_loss"}
+    assert all(set(row) == keys for row in result["rows"])
     assert result["groups"][0]["std"] == pytest.approx(0.1 / 2**0.5)
     assert result["best"] == {"optimizer.learning_rate": 0.2}
     assert lines[0] == "1/4  optimizer.learning_rate=0.3 seed=0  validation_loss 0.3000"

@@ -322,6 +322,9 @@ def test_a_run_is_evaluated_as_it_was_at_its_end_and_by_a_plain_loop(config, sha
     trained = evaluate_vision(unbroken, split="train")
     assert (problem.n, trained.n) == (15, 15)
     assert total / problem.n == pytest.approx(trained.loss, rel=1e-5)
+    # The images of the folder are in order of class; 14 examples are rounded down to one batch.
+    labels = [labels for _, labels in vision_problem(unbroken, examples=14, batch_size=8).batches]
+    assert np.bincount(np.concatenate(labels)).tolist() == [3, 2, 3]
     batches = list(loaded.batches("train", 8))
     assert [int(batch["weights"].sum()) for batch in batches] == [8, 7]
 

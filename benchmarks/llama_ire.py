@@ -52,7 +52,7 @@ class Study:
     """Runs cells, several at once, and remembers which row each belongs to."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.rows = args, {}
+        self.args, self.rows, self._settings = args, {}, {}
         tokenizer = args.out / "tokenizer.model"
         self.fixed = [f"data.source={args.source}", f"tokenizer.path={tokenizer}"]
         if not tokenizer.exists():
@@ -74,7 +74,8 @@ class Study:
         ]
         out, workers = self.args.out, self.args.workers
         found = run_cells(CONFIG, cells, out=out, overrides=self.fixed, workers=workers)
-        for (row, _, steps), cell, result in zip(wanted, cells, found, strict=True):
+        for (row, settings, steps), cell, result in zip(wanted, cells, found, strict=True):
+            self._settings[cell.name] = settings
             loss = result.get("validation_loss", math.inf)
             print(f"{row}  {' '.join(cell.overrides)}  {loss:.4f}", flush=True)
             entry = {**result, "run": cell.name, "steps": steps, "seed": seed}
@@ -83,8 +84,8 @@ class Study:
             self.rows.setdefault(row, []).append(entry)
 
     def best(self, row: str) -> Settings:
-        """The optimizer's settings in the best cell of a row."""
-        return _optimizer(at_best(self.rows[row], self.args.seeds[0])[0])
+        """The optimizer's settings in the best cell of a row, as they were written."""
+        return self._settings[at_best(self.rows[row], self.args.seeds[0])[0]["run"]]
 
 
 def _train_tokenizer(source: str, path: Path) -> None:
@@ -197,7 +198,7 @@ def at_best(cells: list[dict], first: int) -> list[dict]:
     return [cell for cell in done if _optimizer(cell) == _optimizer(best)]
 
 
-def _optimizer(cell: dict) -> Settings:
+def _optimizer(cell: dict) -> dict[str, Any]:
     return {key: value for key, value in cell["set"].items() if key.startswith("optimizer.")}
 
 

@@ -8,17 +8,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlab.errors import ConfigError, JaxlabError
+from jaxlab.errors import ConfigError, Interrupted, JaxlabError
+from jaxlab.tools.interrupts import interruptible
 from jaxlab.tools.output import one_line, print_citations, write_json
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
+    arguments.again = shlex.join(["jaxlab", *argv])
     try:
-        return arguments.call(arguments) or 0
+        with interruptible():
+            return arguments.call(arguments) or 0
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.exit_code
     except JaxlabError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -28,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return Interrupted.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +82,9 @@ def _training_commands(commands, source: str) -> None:
         each.add_argument(
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
         )
-    several = "values of a key, such as optimizer.learning_rate=1e-3,2e-3; several make a grid"
+    several = (
+        "values of a key, such as seed=0,1 or optimizer.ire='null,{kappa: 2}'; several: a grid"
+    )
     sweep.add_argument("--over", action="append", required=True, metavar="KEY=a,b,c", help=several)
     sweep.add_argument("--json", required=True, metavar="FILE", help="results; a plot goes beside")
     sweep.add_argument("--out", metavar="DIR", help="the runs (FILE without its ending)")
@@ -193,27 +200,29 @@ def _train(arguments: argparse.Namespace) -> int:
 
     result = trainer(config.workload)(config, arguments.out)
     if result.interrupted:
-        overrides = ["--set", *arguments.set] if arguments.set else []
-        again = ["jaxlab", "train", arguments.config, *overrides, "--out", arguments.out]
         saved = f"saved at step {result.step} ({result.stage}); resume with"
         saved = saved if result.step else "no step was done yet; start again with"
-        print(f"interrupted: {saved}: {shlex.join(again)}")
-        return INTERRUPTED
-    print(f"done: step {result.step}, run {arguments.out}")
+        print(f"interrupted: {saved}: {arguments.again}")
+        return Interrupted.exit_code
+    steps = f"step {result.step}, " if result.step else ""  # a workload may have none
+    print(f"done: {steps}run {arguments.out}")
     return 0
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from jaxlab.tools.sweep import run_sweep
 
-    run_sweep(
-        arguments.config,
-        arguments.over,
-        json_file=Path(arguments.json),
-        out=arguments.out and Path(arguments.out),
-        overrides=arguments.set,
-        workers=arguments.workers,
-    )
+    try:
+        run_sweep(
+            arguments.config,
+            arguments.over,
+            json_file=Path(arguments.json),
+            out=arguments.out and Path(arguments.out),
+            overrides=arguments.set,
+            workers=arguments.workers,
+        )
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with: {arguments.again}") from None
 
 
 def _memory_write(arguments: argparse.Namespace) -> None:

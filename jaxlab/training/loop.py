@@ -28,7 +28,7 @@ from jaxlab.training.corpus import (
     stage_sources,
 )
 from jaxlab.training.curvature import batch_curvature
-from jaxlab.training.guards import InterruptGuard
+from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.metrics import (
     Goodput,
     MetricsWriter,
@@ -225,6 +225,12 @@ def run_stage(
         place = {"stage": name, "step": offset + done, "data": batches.get_state()}
         run.checkpoints.save(offset + done, state, place, label=name if last else None)
 
+    def advice() -> str:
+        changes = divergence_advice(config.optimizer, stage, f"stages.{name}")
+        # What was saved is finite; without a save there is nothing to start from.
+        kept = run.checkpoints.latest() is not None
+        return changes + "; init_from set to this directory keeps its last weights" * kept
+
     tokens = stage.batch_size * config.data.sequence_length
     return run_steps(
         state,
@@ -235,7 +241,7 @@ def run_stage(
         training=training,
         guard=run.guard,
         goodput=run.goodput,
-        record=Recorder(writer.step, units=tokens, offset=offset),
+        record=Recorder(writer.step, units=tokens, offset=offset, advice=advice),
         evaluate=evaluate,
         save=save,
     )

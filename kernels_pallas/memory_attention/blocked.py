@@ -7,6 +7,7 @@ heads of 32): gradients in 84 ms against 128 ms for the whole batch at once.
 
 import jax
 
+from kernels_pallas import dispatch
 from kernels_pallas.memory_attention import reference
 
 # Scores held at a time: 4 MiB in float32.
@@ -15,8 +16,8 @@ BLOCK_SCORES = 1 << 20
 
 def unsupported(query, key, value, *, slots=None, **_) -> str | None:
     """Why this implementation does not take the arguments, or None when it does."""
-    if jax.default_backend() != "cpu":
-        return f"made for caches of a CPU, this is {jax.default_backend()}"
+    if reason := dispatch.only_on("cpu"):
+        return reason
     if jax.device_count() > 1:
         return "walks over the batch, which several devices would share"
     if sequences_per_block(query, key, slots) >= query.shape[0]:

@@ -52,7 +52,7 @@ def memory_attention(
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     *,
-    query_index: Int[Array, "B T"],
+    start: Int[Array, " B"],
     preface: tuple[Float[Array, "P K H"], Float[Array, "P K H"]] | None = None,
     slots: tuple[Float[Array, "B C M K H"], Float[Array, "B C M K H"]] | None = None,
     slot_valid: Bool[Array, "B C M"] | None = None,
@@ -61,10 +61,12 @@ def memory_attention(
 ) -> Float[Array, "B T N H"]:
     """Concatenate all keys, mask, softmax in float32, weigh all values.
 
-    Context key j is visible to a query of context index i where j <= i, and, when segment numbers
-    are given, where both lie in the same segment. Every query sees itself, so no row is empty.
+    Query t of sequence b has the context index start[b] + t. Context key j is visible to a query of
+    context index i where j <= i, and, when segment numbers are given, where both lie in the same
+    segment. Every query sees itself, so no row is empty.
     """
     batch, queries, heads, head_dim = query.shape
+    query_index = start[:, None] + jnp.arange(queries, dtype=start.dtype)
     kv_heads, length = key.shape[2], key.shape[1]
     keys, values, masks = [], [], []
     if preface is not None:

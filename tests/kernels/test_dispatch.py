@@ -4,7 +4,15 @@ import logging
 
 import pytest
 
-from kernels_pallas.dispatch import Implementation, always_supported, choose
+from kernels_pallas import blocks
+from kernels_pallas.dispatch import (
+    Implementation,
+    always_supported,
+    choose,
+    lowering_for,
+    only_on,
+    target_chip,
+)
 
 
 def named(name, reason=None):
@@ -17,8 +25,31 @@ LAST = Implementation("last", lambda: "last", always_supported)
 
 def test_the_first_that_can_is_chosen_and_the_log_says_why_others_were_passed(caplog):
     with caplog.at_level(logging.INFO, logger="kernels_pallas.dispatch"):
-        assert choose("op", [FAST, SECOND, LAST], None, (), {}) is SECOND
-    assert caplog.messages == ["op passes over fast: needs another chip"]
+        for _ in range(2):
+            assert choose("one op", [FAST, SECOND, LAST], None, (), {}) is SECOND
+    assert caplog.messages == ["one op uses second; passed over fast: needs another chip"]
+
+
+def test_a_target_other_than_this_machine_is_chosen_for_within_only():
+    assert only_on("cpu") is None
+    with lowering_for("tpu", "v5e"):
+        assert (only_on("tpu"), target_chip()) == (None, "v5e")
+        assert only_on("cpu") == "made for cpu, the target is tpu"
+    assert only_on("tpu") == "made for tpu, the target is cpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("v6e", "v6e"),
+        ("NVIDIA H200", ""),
+    ],
+)
+def test_chips_are_known_by_the_names_that_jax_gives_them(kind, name):
+    assert blocks.short_name(kind) == name
 
 
 def test_a_named_implementation_is_taken_even_behind_others_that_could():

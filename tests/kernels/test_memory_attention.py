@@ -34,12 +34,11 @@ def arrays(
     def normal(*shape):
         return draw.standard_normal(shape, np.float32)
 
-    first = draw.integers(0, length - queries + 1, (batch, 1))
     found = {
         "query": normal(batch, queries, kv_heads * group, head_dim),
         "key": normal(batch, length, kv_heads, head_dim),
         "value": normal(batch, length, kv_heads, head_dim),
-        "query_index": (first + np.arange(queries)).astype(np.int32),
+        "start": draw.integers(0, length - queries + 1, batch).astype(np.int32),
     }
     if preface:
         found["preface"] = tuple(normal(preface, kv_heads, head_dim) for _ in range(2))
@@ -65,7 +64,7 @@ def by_loops(given, grid=None):
     out = np.zeros(query.shape)
     for b in range(batch):
         for t in range(queries):
-            index = int(given["query_index"][b, t])
+            index = int(given["start"][b]) + t
             for n in range(heads):
                 rows = []
                 if "preface" in given:
@@ -125,7 +124,7 @@ def test_segments_keep_packed_documents_apart():
     for length in lengths:
         own = slice(start, start + length)
         alone = {name: given[name][:, own] for name in ("query", "key", "value")}
-        alone["query_index"] = np.arange(length, dtype=np.int32)[None]
+        alone["start"] = np.zeros(1, np.int32)
         alone["preface"] = given["preface"]
         np.testing.assert_allclose(packed[:, own], by_loops(alone), atol=2e-6)
         start += length
@@ -176,7 +175,7 @@ def test_who_reads_which_chunk_written_out_by_hand():
 
 
 def differentiable(given):
-    kinds = {name for name in given if name not in ("query_index", "slot_valid", "segments")}
+    kinds = {name for name in given if name not in ("start", "slot_valid", "segments")}
     return {n: given[n] for n in kinds}, {n: given[n] for n in given if n not in kinds}
 
 
@@ -226,7 +225,10 @@ def test_blocks_equal_the_definition_in_value_and_gradient(
     )
     if packed:
         theirs = np.arange(queries + cached, dtype=np.int32) // 2
-        given["segments"] = theirs[given["query_index"]], np.tile(theirs, (batch, 1))
+        given["segments"] = (
+            theirs[given["start"][:, None] + np.arange(queries)],
+            np.tile(theirs, (batch, 1)),
+        )
     scores = queries * kv_heads * group * (queries + cached + chunks * slots)
     weights = np.random.default_rng(1).standard_normal(given["query"].shape, np.float32)
     with mock.patch.object(blocked, "BLOCK_SCORES", several * scores):
@@ -312,6 +314,17 @@ OTHER = arrays(head_dim=6, kv_heads=2, queries=4, chunks=2, slots=3)
         (wrong(slots=None), GRID, "slots and slot_valid come together"),
         (wrong(slot_valid=np.ones((2, 2, 4), bool)), GRID, r"slots need \(2, 2, 3\)"),
         (wrong(), None, "slots of 2 chunks need grid"),
+        (
+            wrong(slots=tuple(x.astype(np.float16) for x in wrong()["slots"])),
+            GRID,
+            "slots is float16, the context float32",
+        ),
+        (
+            wrong(preface=tuple(x.astype(np.float16) for x in wrong()["preface"])),
+            GRID,
+            "preface is float16, the context float32",
+        ),
+        (wrong(), ChunkGrid(1, 2), "slots of 2 chunks do not cover the 4 queries: .* make 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(given, grid, message):

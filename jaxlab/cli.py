@@ -10,12 +10,14 @@ from pathlib import Path
 
 from jaxlab.errors import ConfigError, JaxlabError
 from jaxlab.tools.output import one_line, print_citations, write_json
+from kernels_pallas.without_tpu import choose_cpu
 
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    choose_cpu()  # The commands import jax, which then looks for its devices.
     arguments = _parser().parse_args(argv)
     try:
         return arguments.call(arguments) or 0

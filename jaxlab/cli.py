@@ -11,10 +11,12 @@ from pathlib import Path
 from jaxlab.errors import ConfigError, Interrupted, JaxlabError
 from jaxlab.tools.interrupts import interruptible
 from jaxlab.tools.output import one_line, print_citations, write_json
+from kernels_pallas.without_tpu import choose_cpu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    choose_cpu()  # The commands import jax, which then looks for its devices.
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
     arguments.again = shlex.join(["jaxlab", *argv])

@@ -1,8 +1,9 @@
 """The real TPU compiler on a machine without a TPU: compile, and read the machine code.
 
-Needs libtpu (``pip install 'jax[tpu]'``) and, before jax is first imported, ``ENVIRONMENT`` in the
-process's environment. A bundle issues in one cycle if nothing stalls, so what is read here bounds
-the time from below: call it a static figure wherever it is quoted.
+Needs libtpu (``pip install 'jax[tpu]'``) and, before jax is first imported,
+``without_tpu.ENVIRONMENT`` in the process's environment. A bundle issues in one cycle if nothing
+stalls, so what is read here bounds the time from below: call it a static figure wherever it is
+quoted.
 """
 
 import dataclasses
@@ -20,13 +21,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Quiet libtpu's search for a host, and let several processes compile at once.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+from kernels_pallas.without_tpu import ENVIRONMENT
+
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 
 

@@ -2,8 +2,11 @@
 
 import os
 
-# Before anything imports jax. A machine with an accelerator runs the same tests.
-os.environ["JAX_PLATFORMS"] = "cpu"
+from kernels_pallas.without_tpu import ENVIRONMENT
+
+# Before anything imports jax. A machine with an accelerator runs the same tests, and the compiler
+# for TPUs does not look for one.
+os.environ.update(ENVIRONMENT)
 
 import jaxtyping
 import pytest

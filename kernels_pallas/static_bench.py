@@ -73,35 +73,35 @@ def measure_peer(number: int, chip: str) -> dict:
     return {**row, **_read(["peer", chip, str(number)], peer.kernel, visits)}
 
 
+# Which of our cases stands beside the public kernels: with memory, and without.
+_COMPARED = {
+    "forward": ("heads of 128", "heads of 128, no memory"),
+    "backward": ("heads of 128 backward", "heads of 128, no memory, backward"),
+}
+
+
 def summary(rows: list[dict], peers: list[dict]) -> list[dict]:
     """Our attention's pass over the best public kernel's, by chip and direction."""
+    ours = {(row["chip"], row["case"]): row for row in rows if row["op"] == "memory_attention"}
     found = []
-    for chip in dict.fromkeys(row["chip"] for row in rows):
-        for backward in (False, True):
+    for chip in dict.fromkeys(peer["chip"] for peer in peers):
+        for direction, names in _COMPARED.items():
+            backward = direction == "backward"
             theirs = [p for p in peers if p["chip"] == chip and p["backward"] == backward]
-            if not theirs:
-                continue
             best = min(theirs, key=lambda row: row["pass_bundles"])
-            direction = "backward" if backward else "forward"
-            for case in ("heads of 128", "heads of 128, no memory"):
-                name = (
-                    case
-                    if not backward
-                    else ("heads of 128 backward" if "," not in case else f"{case}, backward")
+            for name in names:
+                bundles = ours[chip, name]["pass_bundles"]
+                found.append(
+                    {
+                        "chip": chip,
+                        "direction": direction,
+                        "case": name,
+                        "pass_bundles": bundles,
+                        "best_public_pass": best["pass_bundles"],
+                        "best_public": f"{best['source']} {best['blocks']}",
+                        "ratio": bundles / best["pass_bundles"],
+                    }
                 )
-                ours = [r for r in rows if r["chip"] == chip and r["case"] == name]
-                if ours:
-                    found.append(
-                        {
-                            "chip": chip,
-                            "direction": direction,
-                            "case": name,
-                            "pass_bundles": ours[0]["pass_bundles"],
-                            "best_public_pass": best["pass_bundles"],
-                            "best_public": f"{best['source']} {best['blocks']}",
-                            "ratio": ours[0]["pass_bundles"] / best["pass_bundles"],
-                        }
-                    )
     return found
 
 
@@ -134,7 +134,12 @@ def _child(arguments: list[str]) -> None:
         else:
             function, shapes = PEERS[int(rest[0])].build()
         compiled = tpu_compiler.compile_for(chip, function, *shapes)
-    print(json.dumps({"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}))
+    found = {
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        # Of the whole program: the kernel and what XLA puts around it.
+        "program_bytes": compiled.cost_analysis()["bytes accessed"],
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from kernels_pallas.without_tpu import ENVIRONMENT
 
@@ -43,7 +44,7 @@ def mesh_of(chip: str, devices: int = 1) -> Mesh:
 
 
 def compile_for(
-    chip: str, function: Callable, *shapes: jax.ShapeDtypeStruct, devices: int = 1
+    chip: str, function: Callable, *shapes: PyTree[jax.ShapeDtypeStruct], devices: int = 1
 ) -> jax.stages.Compiled:
     """``function`` compiled for one chip; ``shapes`` with a sharding keep it."""
     mesh = mesh_of(chip, devices)

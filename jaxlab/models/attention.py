@@ -117,8 +117,11 @@ class Attention(nnx.Module):
         preface: KeyValues | None,
         slots: KeyValues | None,
     ) -> Float[Array, "B T D"]:
-        """The same from a flat cache; a single token by the op that is made for decoding."""
-        if query.shape[1] > 1:
+        """The same from a flat cache; a single token by the op that is made for decoding.
+
+        With a grid, a token reads the slots of its own chunk among several: not that op's work.
+        """
+        if query.shape[1] > 1 or plan.grid is not None:
             heads = (self.key.shape[-2], self.key.shape[-1])
             apart = KeyValues(*(part.reshape(*part.shape[:2], *heads) for part in cache))
             return self.read(query, apart, plan, preface=preface, slots=slots)

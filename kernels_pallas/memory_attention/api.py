@@ -14,8 +14,15 @@ IMPLEMENTATIONS = (
 )
 
 
-def _check(query, key, preface, slots, slot_valid, grid) -> None:
+def _check(query, key, value, preface, slots, slot_valid, grid) -> None:
     heads, kv_heads = query.shape[2], key.shape[2]
+    if query.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"query has {query.shape[1]} tokens and key {key.shape[1]}: every query's own key must "
+            "be among them"
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"value has shape {value.shape}, key {key.shape}: they must agree")
     if heads % kv_heads:
         raise ValueError(
             f"query has {heads} heads and key has {kv_heads}: query heads must be a multiple"
@@ -23,12 +30,17 @@ def _check(query, key, preface, slots, slot_valid, grid) -> None:
     for name, part in (("preface", preface), ("slots", slots)):
         if part is None:
             continue
-        if part[0].shape[-2:] != key.shape[-2:]:
-            raise ValueError(
-                f"{name} has heads x head_dim {part[0].shape[-2:]}, the context {key.shape[-2:]}"
-            )
-        if {x.dtype for x in part} != {key.dtype}:
-            raise ValueError(f"{name} is {part[0].dtype}, the context {key.dtype}: cast it before")
+        for array in part:
+            if array.shape != part[0].shape:
+                raise ValueError(f"{name}: keys are {part[0].shape} and values {array.shape}")
+            if array.shape[-2:] != key.shape[-2:]:
+                raise ValueError(
+                    f"{name} has heads x head_dim {array.shape[-2:]}, the context {key.shape[-2:]}"
+                )
+            if array.dtype != key.dtype:
+                raise ValueError(
+                    f"{name} is {array.dtype}, the context {key.dtype}: cast it before"
+                )
     if (slots is None) != (slot_valid is None):
         raise ValueError("slots and slot_valid come together: one of the two is missing")
     if slots is not None and slot_valid.shape != slots[0].shape[:3]:
@@ -69,7 +81,8 @@ def memory_attention(
       key: context keys, rotated: those of this call, or a whole decode cache.
       value: context values.
       start: place in the context of each sequence's first query (0 is ``<s>``); the others follow
-        it one by one, and each sees the keys up to its own place.
+        it one by one, and each sees the keys up to its own place, which must be among the keys:
+        start + T <= S.
       preface: keys and values of ``<s>Reference:``, visible to every query.
       slots: memory keys and values, one group of M for each chunk.
       slot_valid: False where a slot is empty (short or missing reference).
@@ -81,7 +94,7 @@ def memory_attention(
       ValueError: shapes that do not fit together; the message names the argument and the rule.
       NotImplementedError: the named implementation cannot take these arguments.
     """
-    _check(query, key, preface, slots, slot_valid, grid)
+    _check(query, key, value, preface, slots, slot_valid, grid)
     kwargs = dict(
         start=start,
         preface=preface,

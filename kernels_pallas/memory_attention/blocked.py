@@ -18,6 +18,8 @@ def unsupported(query, key, value, *, slots=None, **_) -> str | None:
     """Why this implementation does not take the arguments, or None when it does."""
     if reason := dispatch.only_on("cpu"):
         return reason
+    if not query.size:
+        return "there is nothing to compute"
     if jax.device_count() > 1:
         return "walks over the batch, which several devices would share"
     if sequences_per_block(query, key, slots) >= query.shape[0]:

@@ -76,24 +76,34 @@ def _case(
         lambda: (gradients if backward else forward, (moving, fixed)),
         floor,
         visits,
-        floor + _repeated_bytes(queries, heads, kv_heads, head_dim, slots, band, backward, dtype),
+        _copied(queries, heads, kv_heads, head_dim, slots, band, backward, dtype),
         "memory_attention_backward" if backward else "memory_attention_forward",
     )
 
 
-def _repeated_bytes(queries, heads, kv_heads, head_dim, slots, band, backward, dtype) -> int:
-    """What is copied beyond the floor: slots that lie in the windows of several units."""
-    if not slots:
-        return 0
+def _copied(queries, heads, kv_heads, head_dim, slots, band, backward, dtype) -> int:
+    """Bytes that the kernel's copies move: arrays with the head last are padded to whole lanes."""
+    item = jnp.dtype(dtype).itemsize
+    lanes, rows = -(-head_dim // 128) * 128, -(-head_dim // 16) * 16
     unit = min(_BLOCKS.backward_query, queries)
-    filled = _PREFACE + ((unit - 1) // _CHUNK + 1 + band) * slots
-    rows = -(-filled // 128) * 128
-    entry = kv_heads * head_dim * jnp.dtype(dtype).itemsize
-    held = _PREFACE + queries // _CHUNK * slots
-    extra = 2 * entry * (queries // unit * rows - held)
-    # The backward kernel reads the keys twice, once transposed, and writes float32 gradients.
-    across = (queries + held) * entry
-    return 3 * extra + across if backward else extra
+    width = 0
+    if slots:
+        filled = _PREFACE + ((unit - 1) // _CHUNK + 1 + band) * slots
+        width = queries // unit * -(-filled // 128) * 128
+    # Statistics of a kv head's query heads take whole tiles of eight rows.
+    statistics = 4 * queries * kv_heads * -(-(heads // kv_heads) // 8) * 8
+    intervals = 4 * 8 * width * kv_heads
+    entries = kv_heads * (queries + width)
+    if not backward:
+        # Queries and keys with the head last, values and outputs with it on the rows.
+        moved = (heads * queries + entries) * (lanes + rows) * item
+        return moved + statistics + intervals
+    # Reads queries, the output's gradient, keys, keys across and values; writes the gradients of
+    # queries (across), of keys and values, and in float32 of the window's.
+    read = 2 * heads * queries * lanes + entries * (2 * lanes + rows)
+    written = heads * queries * rows + 2 * kv_heads * queries * lanes
+    window = 4 * 2 * kv_heads * width * lanes
+    return (read + written) * item + window + 2 * statistics + intervals
 
 
 CASES = {

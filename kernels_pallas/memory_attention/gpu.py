@@ -20,6 +20,8 @@ def unsupported(query, key, value, *, segments=None, **_) -> str | None:
     """Why this implementation does not take the arguments, or None when it does."""
     if reason := dispatch.only_on("gpu"):
         return reason
+    if not query.size:
+        return "there is nothing to compute"
     if segments is not None:
         return "cuDNN has no segments here"
     if query.shape[1] != key.shape[1]:

@@ -66,7 +66,7 @@ def memory_attention(
     segment. Every query sees itself, so no row is empty.
     """
     batch, queries, heads, head_dim = query.shape
-    query_index = start[:, None] + jnp.arange(queries, dtype=start.dtype)
+    query_index = start.astype(jnp.int32)[:, None] + jnp.arange(queries, dtype=jnp.int32)
     kv_heads, length = key.shape[2], key.shape[1]
     keys, values, masks = [], [], []
     if preface is not None:

@@ -1,5 +1,6 @@
 """Memory attention on TPU: layouts around the two kernels, and the rule for gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import dispatch
-from kernels_pallas.blocks import attention_blocks
+from kernels_pallas.blocks import AttentionBlocks, attention_blocks
 from kernels_pallas.memory_attention import plan
 from kernels_pallas.memory_attention.tpu_backward import backward
 from kernels_pallas.memory_attention.tpu_forward import Tiling, forward
 
+_LP_SCHEDULER = {"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True}
 _SUBLANES = 16  # rows of a tile of bfloat16
 
 
@@ -19,6 +21,10 @@ def unsupported(query, key, value, **_) -> str | None:
     """Why the kernels do not take the arguments, or None when they do."""
     if reason := dispatch.only_on("tpu"):
         return reason
+    if not query.size:
+        return "there is nothing to compute"
+    if jax.config.jax_enable_x64:
+        return "kernels that are traced with jax_enable_x64 do not compile for TPU"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {query.dtype}"
     if not query.dtype == key.dtype == value.dtype:
@@ -40,40 +46,54 @@ def _too_large(group: int, keys: int, head_dim: int, dtype) -> str | None:
     return None
 
 
-def _block_sizes(queries: int) -> tuple[int, int, int]:
-    """Blocks of queries for forward and backward and of keys: the largest that pad little.
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What both directions of one call are compiled with; chosen once, for one kind of chip.
 
-    The queries of a backward block share a window of slots, in both directions.
+    sizes: the real queries, the queries with their padding, and the real keys. forward_q,
+    backward_q and block_k: sizes of blocks; the queries of a backward block share a window of
+    slots, in both directions.
     """
-    data = attention_blocks(dispatch.target_chip())
-    rows = max(128, 1 << (queries - 1).bit_length())
-    forward_rows = min(data.query, rows)
-    if -queries % forward_rows > -queries % data.backward_query:
-        forward_rows = min(forward_rows, data.backward_query)
-    return forward_rows, min(data.backward_query, forward_rows), min(data.key, forward_rows)
+
+    data: AttentionBlocks
+    sizes: tuple[int, int, int]
+    head_dim: int
+    forward_q: int
+    backward_q: int
+    block_k: int
+
+    @classmethod
+    def of(cls, queries: int, keys: int, head_dim: int) -> "_Static":
+        """The largest blocks that pad little."""
+        data = attention_blocks(dispatch.target_chip())
+        forward_q = min(data.query, max(128, 1 << (queries - 1).bit_length()))
+        if -queries % forward_q > -queries % data.backward_query:
+            forward_q = min(forward_q, data.backward_query)
+        padded = -(-queries // forward_q) * forward_q
+        backward_q, block_k = min(data.backward_query, forward_q), min(data.key, forward_q)
+        return cls(data, (queries, padded, keys), head_dim, forward_q, backward_q, block_k)
+
+    def arguments(self, start, segments, *, backward: bool) -> dict:
+        """The arguments of a kernel that do not depend on the arrays' contents, and its table."""
+        block_q = self.backward_q if backward else self.forward_q
+        side = min(self.data.triangle, self.block_k)
+        sizes = self.sizes[0], self.head_dim
+        found = plan.visits(start, self.sizes, block_q, self.block_k, segments)
+        return {
+            "table": jnp.stack(found, axis=-1).reshape(-1),
+            "start": start,
+            "segments": None if segments is None else tuple(part[:, None] for part in segments),
+            "tiling": Tiling(block_q, self.block_k, self.backward_q, side, *sizes),
+            "settings": pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=self.data.vmem_bytes,
+                flags=_LP_SCHEDULER if self.data.lp_scheduler and not backward else None,
+            ),
+        }
 
 
 def _across(x):
     return x.swapaxes(-1, -2)
-
-
-def _settings(*, lp_scheduler: bool):
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=attention_blocks(dispatch.target_chip()).vmem_bytes,
-        flags={"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True} if lp_scheduler else None,
-    )
-
-
-def _tiling(block_q: int, block_k: int, unit: int, queries: int, head_dim: int) -> Tiling:
-    side = min(attention_blocks(dispatch.target_chip()).triangle, block_k)
-    return Tiling(block_q, block_k, unit, side, queries, head_dim)
-
-
-def _table(start, sizes: tuple[int, int, int], block_q: int, block_k: int, segments):
-    """Numbers of plan.Visits in a row, for scalar memory."""
-    found = plan.visits(start, sizes, block_q, block_k, segments)
-    return jnp.stack(found, axis=-1).reshape(-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,53 +101,37 @@ def _attend(static, query, key, value, window, rest):
     return _attend_forward(static, query, key, value, window, rest)[0]
 
 
-def _attend_forward(static, query, key, value, window, rest):
-    (block_q, unit, block_k), sizes, head_dim = static
+def _attend_forward(static: _Static, query, key, value, window, rest):
     start, interval, segments = rest
-    across = None if window is None else (window[0], _across(window[1]), interval)
     out, lse = forward(
-        _table(start, sizes, block_q, block_k, segments),
-        start,
         query,
         key,
         _across(value),
-        across,
-        _rows(segments),
-        tiling=_tiling(block_q, block_k, unit, sizes[0], head_dim),
-        settings=_settings(lp_scheduler=attention_blocks(dispatch.target_chip()).lp_scheduler),
+        None if window is None else (window[0], _across(window[1]), interval),
+        **static.arguments(start, segments, backward=False),
     )
     return out, (query, key, value, window, rest, out, lse)
 
 
-def _attend_backward(static, saved, grad_out):
-    (_, block_q, block_k), sizes, head_dim = static
+def _attend_backward(static: _Static, saved, grad_out):
     query, key, value, window, rest, out, lse = saved
     start, interval, segments = rest
     delta = jnp.sum(out.astype(jnp.float32) * grad_out.astype(jnp.float32), axis=3)
     grad_query, grad_key, grad_value, *grad_window = backward(
-        _table(start, sizes, block_q, block_k, segments),
-        start,
         (query, key, value),
         lse,
         delta,
         _across(grad_out),
         None if window is None else (*window, interval),
-        _rows(segments),
-        tiling=_tiling(block_q, block_k, block_q, sizes[0], head_dim),
-        settings=_settings(lp_scheduler=False),
+        **static.arguments(start, segments, backward=True),
     )
     if window is not None:
-        scaled = grad_window[0] * head_dim**-0.5, grad_window[1]
+        scaled = grad_window[0] * static.head_dim**-0.5, grad_window[1]
         grad_window = tuple(part.astype(window[0].dtype) for part in scaled)
     return _across(grad_query), grad_key, grad_value, grad_window or None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _rows(segments):
-    """Segment numbers with the axis of one row that blocks need."""
-    return None if segments is None else tuple(part[:, None] for part in segments)
 
 
 def _padded(x, axis: int, multiple: int, mode: str = "constant"):
@@ -142,13 +146,12 @@ def memory_attention(
     """As :func:`reference.memory_attention`."""
     batch, queries, heads, head_dim = query.shape
     kv_heads, keys = key.shape[2:0:-1]
-    blocks = _block_sizes(queries)
-    unit = blocks[1]
-    padded = -(-queries // blocks[0]) * blocks[0]
+    static = _Static.of(queries, keys, head_dim)
+    start = start.astype(jnp.int32)
     seen = plan.windows(
         start,
-        padded // unit,
-        unit,
+        static.sizes[1] // static.backward_q,
+        static.backward_q,
         preface=preface,
         slots=slots,
         slot_valid=slot_valid,
@@ -157,8 +160,9 @@ def memory_attention(
     )
     # (B, T, K, G, H) -> (B, K, G, T, H), and (B, S, K, H) -> (B, K, S, H); heads padded to tiles.
     grouped = query.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    grouped = _padded(_padded(grouped, 3, blocks[0]), 4, _SUBLANES)
-    context = [_padded(_padded(x.swapaxes(1, 2), 2, blocks[2]), 3, _SUBLANES) for x in (key, value)]
+    grouped = _padded(_padded(grouped, 3, static.forward_q), 4, _SUBLANES)
+    context = (_padded(x.swapaxes(1, 2), 2, static.block_k) for x in (key, value))
+    context = [_padded(x, 3, _SUBLANES) for x in context]
     window = interval = None
     if seen is not None:
         window = tuple(
@@ -166,8 +170,10 @@ def memory_attention(
         )
         interval = _padded(seen.interval, 2, 8)
     if segments is not None:
-        sizes = (blocks[0], blocks[2])
-        segments = tuple(_padded(x, 1, n, "edge") for x, n in zip(segments, sizes, strict=True))
-    static = (blocks, (queries, padded, keys), head_dim)
+        multiples = static.forward_q, static.block_k
+        segments = tuple(
+            _padded(x.astype(jnp.int32), 1, n, "edge")
+            for x, n in zip(segments, multiples, strict=True)
+        )
     out = _attend(static, grouped, *context, window, (start, interval, segments))
     return out[:, :, :, :head_dim, :queries].transpose(0, 4, 1, 2, 3).reshape(query.shape)

@@ -62,7 +62,8 @@ class _Context:
         here = pl.ds(pl.multiple_of(at, min(rows, head.tiling.triangle)), rows)
         values, across = self.value[here], self.key_across[:, here]
         if seen is not None:
-            values, across = jnp.where(seen, values, 0), jnp.where(seen.T, across, 0)
+            values = jnp.where(seen, values, jnp.zeros_like(values))
+            across = jnp.where(seen.T, across, jnp.zeros_like(across))
         grad_keys, grad_values = head.block(self.key[here], across, values, columns, mask)
         self.grad_key[here] += grad_keys
         self.grad_value[here] += grad_values
@@ -94,7 +95,8 @@ def _window(head: _Head, ref, index, first_head) -> None:
             mask,
         )
         for name, part in zip(("grad_window_keys", "grad_window_values"), found, strict=True):
-            before = jnp.where(first_head, 0, ref[name][number])
+            before = ref[name][number]
+            before = jnp.where(first_head, jnp.zeros_like(before), before)
             ref[name][number] = before + part
 
 
@@ -170,7 +172,7 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
         ref["grad_value"][...] = sums[1][...].astype(ref["grad_value"].dtype)
 
 
-def backward(table, start, operands, lse, delta, grad_out, window, segments, *, tiling, settings):
+def backward(operands, lse, delta, grad_out, window, *, table, start, segments, tiling, settings):
     """Gradients: query transposed (B, K, G, H, T), key and value (B, K, S, H), and the window's.
 
     Args:

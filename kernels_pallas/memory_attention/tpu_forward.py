@@ -12,14 +12,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-NEVER = -1e30  # the logit of what may not be seen: finite, so that no NaN comes of differences
+NEVER = np.float32(
+    -1e30
+)  # the logit of what may not be seen: finite, so that no NaN comes of differences
 _LOG2E = math.log2(math.e)
 _NN = (((1,), (0,)), ((), ()))
 _NT = (((1,), (1,)), ((), ()))
-_LEAST = 1e-30
+_LEAST = np.float32(1e-30)
 _WINDOW = ("window_keys", "window_values", "interval")
 _TABLE = 5  # numbers of plan.Visits for each block of queries
 
@@ -195,7 +198,8 @@ def _cut(head: _Head, key, value, first, end, index, segments) -> None:
         mask = cut_mask(block, size, index, segments)
         maxima = head.score(key[here], 0, rows, columns, mask)
         at = block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        values = jnp.where(at <= index[:, -1:], value[:, here], 0)
+        values = value[:, here]
+        values = jnp.where(at <= index[:, -1:], values, jnp.zeros_like(values))
         head.absorb(maxima, values, 0, rows, columns)
         return 0
 
@@ -268,7 +272,7 @@ def specs(tiling: Tiling, heads: int, keys: int, width: int, window: int, has_se
     return found
 
 
-def forward(table, start, query, key, value, window, segments, *, tiling: Tiling, settings):
+def forward(query, key, value, window, *, table, start, segments, tiling: Tiling, settings):
     """Output (B, K, G, H, T), transposed, and log2-sum-exp2 of the logits (B, K, G, T).
 
     Args:

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import dispatch
+from kernels_pallas.blocks import short_name
 from kernels_pallas.memory_decode.heads import constants, dot, one_hot, own_columns, spread_out
 from kernels_pallas.memory_decode.plan import BUFFERS, LANES, VMEM_BYTES, Plan
 from kernels_pallas.memory_decode.ring import Ring
@@ -315,9 +316,10 @@ def plan_of(query, key, *, preface=None, slots=None, splits=None, tokens_per_row
 
 def _splits(batch: int, length: int) -> int:
     """Two for a single long cache on a chip whose two cores work as one, otherwise one."""
-    if batch > 1 or length < 2048 or jax.default_backend() != "tpu":
+    if batch > 1 or length < 2048 or dispatch.target_platform() != "tpu":
         return 1
-    return 2 if jax.devices()[0].device_kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
+    chip = dispatch.target_chip()
+    return 2 if short_name(chip) == "v5p" or chip == "TPU v4" else 1
 
 
 def unsupported(query, key, value, **kwargs) -> str | None:

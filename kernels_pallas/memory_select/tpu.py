@@ -125,7 +125,8 @@ def _select_kernel(valid_ref, query_ref, key_ref, out_ref, *, kept, **form):
     def keep(m, carry):
         rank, found = carry
         best = rank.max(axis=1, keepdims=True)
-        first = jnp.where(rank == best, number, float(LANES)).min(axis=1, keepdims=True)
+        # A NaN is the best of none: the last lane, which is at least within.
+        first = jnp.where(rank == best, number, float(LANES - 1)).min(axis=1, keepdims=True)
         found = jnp.where(lane == step * kept + m, first.astype(jnp.int32), found)
         return jnp.where(number == first, -jnp.inf, rank), found
 

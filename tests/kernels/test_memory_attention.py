@@ -251,6 +251,12 @@ def test_a_block_is_the_largest_divisor_of_the_batch_that_fits():
         assert found == expected
 
 
+@pytest.mark.parametrize("shape", [dict(queries=0, length=3), dict(batch=0)])
+def test_nothing_to_compute_gives_an_empty_result(shape):
+    given = arrays(**shape)
+    assert attend(given, implementation=None).shape == given["query"].shape
+
+
 def chosen(given, monkeypatch):
     """The name of the implementation that is called when none is named."""
     called = []
@@ -310,6 +316,8 @@ OTHER = arrays(head_dim=6, kv_heads=2, queries=4, chunks=2, slots=3)
         (wrong(query=np.zeros((2, 4, 3, 4), np.float32)), GRID, "3 heads and key has 2"),
         (wrong(preface=OTHER["preface"]), GRID, r"preface has heads x head_dim \(2, 6\)"),
         (wrong(slots=OTHER["slots"]), GRID, r"slots has heads x head_dim \(2, 6\)"),
+        (wrong(query=np.zeros((2, 5, 4, 4), np.float32)), GRID, "query has 5 tokens and key 4"),
+        (wrong(value=np.zeros((2, 4, 1, 4), np.float32)), GRID, "value has shape"),
         (wrong(slot_valid=None), GRID, "slots and slot_valid come together"),
         (wrong(slots=None), GRID, "slots and slot_valid come together"),
         (wrong(slot_valid=np.ones((2, 2, 4), bool)), GRID, r"slots need \(2, 2, 3\)"),

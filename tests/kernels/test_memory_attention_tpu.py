@@ -1,5 +1,6 @@
 """The TPU kernels, simulated on the CPU, against the definition: values and all gradients."""
 
+import contextlib
 import functools
 
 import jax
@@ -32,8 +33,8 @@ def value_and_gradients(given, grid, implementation):
     return {"out": out, **gradients}
 
 
-def assert_equals_the_definition(given, grid, run):
-    with run(), small_blocks():
+def assert_equals_the_definition(given, grid, run, blocks=small_blocks):
+    with run(), blocks():
         found = value_and_gradients(given, grid, "tpu")
     wanted = value_and_gradients(given, grid, "xla")
     atol = TOLERANCE[str(given["query"].dtype)]
@@ -74,7 +75,7 @@ def packed(given, lengths):
 def test_drawn_shapes_equal_the_definition(queries, cached, heads, head_dim, memory, preface, seed):
     chunks, slots, grid = memory
     given = arrays(
-        batch=1,
+        batch=2,  # each with its own start
         queries=queries,
         length=queries + cached,
         kv_heads=heads[0],
@@ -86,6 +87,15 @@ def test_drawn_shapes_equal_the_definition(queries, cached, heads, head_dim, mem
         seed=seed,
     )
     assert_equals_the_definition(given, grid, interpreted)
+
+
+def test_the_shipped_block_sizes_equal_the_definition():
+    """Several forward blocks, and windows that no chunk, unit or lane edge falls together with."""
+    given = arrays(
+        batch=1, queries=1100, head_dim=16, kv_heads=1, chunks=12, slots=9, preface=130, group=1
+    )
+    given["start"][:] = 0
+    assert_equals_the_definition(given, ChunkGrid(100, 3, 0), interpreted, contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("run", [interpreted, simulated.tpu])
@@ -142,6 +152,7 @@ def test_what_no_query_may_see_is_never_read_into_a_result(start):
         ({}, "made for tpu, the target is cpu"),
         ({"dtype": np.float16}, "takes bfloat16 and float32, not float16"),
         ({"value": np.float16}, "query, key and value differ in dtype: float32, float32, float16"),
+        ({"queries": 0}, "there is nothing to compute"),
         ({"keys": 1 << 17}, "131072 keys of one head do not fit on chip"),
         ({"heads": 64}, "64 query heads to a kv head do not fit on chip"),
     ],
@@ -150,7 +161,7 @@ def test_asked_for_by_name_it_refuses_with_the_reason(changes, reason):
     dtype = changes.get("dtype", np.float32)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     given = {
-        "query": shape((1, 4, changes.get("heads", 2), 16)),
+        "query": shape((1, changes.get("queries", 4), changes.get("heads", 2), 16)),
         "key": shape((1, changes.get("keys", 4), 1, 16)),
         "value": jax.ShapeDtypeStruct(
             (1, changes.get("keys", 4), 1, 16), changes.get("value", dtype)

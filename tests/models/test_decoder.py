@@ -148,6 +148,20 @@ def test_cached_decoding_equals_one_pass_and_never_reads_behind_the_length():
     np.testing.assert_allclose(whole, np.concatenate(steps, axis=1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("band", [1, 3])
+def test_single_tokens_decoded_with_a_grid_read_their_own_chunks_slots(band):
+    decoder = tiny_decoder()
+    preface, slots = memories_for(decoder, batch=2, chunks=3)
+    tokens, grid = random_tokens(1, 2, 10), ChunkGrid(length=4, band=band)
+    reads = dict(preface=preface, slots=slots, grid=grid, start=START)
+    whole = logits(decoder, tokens, **reads)
+    cache, steps = empty_cache(decoder.config, batch=2, length=12), []
+    for t in range(10):
+        out, cache = run(decoder, tokens[:, t : t + 1], cache=cache, **reads)
+        steps.append(np.asarray(out))
+    np.testing.assert_allclose(whole, np.concatenate(steps, axis=1), rtol=0, atol=2e-5)
+
+
 def test_a_context_token_never_sees_the_future():
     decoder = tiny_decoder()
     tokens = random_tokens(1, 1, 10)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,9 +44,12 @@ def mesh_of(chip: str, devices: int = 1) -> Mesh:
 
 
 def compile_for(
-    chip: str, function: Callable, *shapes: jax.ShapeDtypeStruct, devices: int = 1
+    chip: str, function: Callable, *shapes: Any, devices: int = 1
 ) -> jax.stages.Compiled:
-    """``function`` compiled for one chip; ``shapes`` with a sharding keep it."""
+    """``function`` of trees of ``jax.ShapeDtypeStruct``, compiled for some chips of a kind.
+
+    Shapes with a sharding keep it; the others are whole on every chip.
+    """
     mesh = mesh_of(chip, devices)
 
     def placed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -23,12 +23,8 @@ from jaxtyping import Array, PyTree
 from jaxlab.config import IREConfig, ModelConfig, OptimizerConfig, ScheduleConfig, StageConfig
 from jaxlab.models.decoder import abstract_decoder, initial_parameters, parameter_count
 from jaxlab.models.presets import PRESETS
-from jaxlab.optim import (
-    FlatDirectionsState,
-    make_optimizer,
-    refresh_flat_mask,
-    scale_flat_directions,
-)
+from jaxlab.optim import make_optimizer, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim.flat_mask import flat_states
 from jaxlab.tools.output import machine, write_json
 from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.state import start_state
@@ -85,14 +81,7 @@ class Contestant:
 
     def state_bytes(self) -> int:
         """Bytes of what IRE adds to the optimizer's state."""
-        found = [
-            part
-            for part in jax.tree.leaves(
-                self.state.opt_state, is_leaf=lambda x: isinstance(x, FlatDirectionsState)
-            )
-            if isinstance(part, FlatDirectionsState)
-        ]
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(found))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(flat_states(self.state.opt_state)))
 
 
 def measure_cost(args: argparse.Namespace) -> dict:
@@ -176,7 +165,7 @@ def measure_agreement(args: argparse.Namespace) -> dict:
     params = jax.device_put(model.params)
     truth = _true_mask(batch_curvature(IREConfig(kappa=1.0), **parts), params, batches, keys)
     out = []
-    for share in args.agreement_shares:
+    for count, share in distinct_rows(args.agreement_shares, size).items():
         config = IREConfig(kappa=KAPPA, gamma=GAMMA, batch_share=share)
         found = masks(
             batch_curvature(config, **parts), params, batches[:8], jax.random.split(keys[0], 8)
@@ -185,7 +174,7 @@ def measure_agreement(args: argparse.Namespace) -> dict:
         out.append(
             {
                 "batch_share": share,
-                "rows": max(1, round(share * size)),
+                "rows": count,
                 "two_refreshes_agree": float(np.mean([np.mean(a == b) for a, b in pairs])),
                 "agrees_with_many_draws": float(np.mean([np.mean(m == truth) for m in found])),
                 "sharp_called_flat": float(np.mean([np.mean(m[~truth]) for m in found])),
@@ -193,6 +182,15 @@ def measure_agreement(args: argparse.Namespace) -> dict:
         )
     tokens = size * rows.tokens.shape[1]
     return {"gamma": GAMMA, "tokens_a_step": tokens, "many_draws": args.references, "rows": out}
+
+
+def distinct_rows(shares: list[float], size: int) -> dict[int, float]:
+    """Rows that shares of a batch come to, none twice: small shares of a small batch are one row.
+
+    Each with the largest share that gives it.
+    """
+    largest = {max(1, round(share * size)): share for share in sorted(shares)}
+    return dict(sorted(largest.items(), reverse=True))
 
 
 def _true_mask(curvature, params: PyTree, batches: list[dict], keys: Array) -> np.ndarray:

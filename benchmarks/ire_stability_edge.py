@@ -28,7 +28,7 @@ import optax
 from sklearn.datasets import load_digits
 
 from jaxlab.optim import ire
-from jaxlab.optim.curvature import per_example_fisher, random_ranks, sampled_label_gradient
+from jaxlab.optim.curvature import per_example_root_fisher, random_ranks, sampled_label_gradient
 from jaxlab.optim.sam import sam
 from jaxlab.tools.output import machine, write_json
 
@@ -146,7 +146,7 @@ def curvature(mask: str, x):
     if mask == "single-draw":
         return lambda params, key: sampled_label_gradient(logits, params, key, x)
     if mask == "per-example":
-        return lambda params, key: per_example_fisher(logits, params, key, x)
+        return lambda params, key: per_example_root_fisher(logits, params, key, x)
 
     return random_ranks
 

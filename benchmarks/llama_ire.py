@@ -52,7 +52,7 @@ class Study:
     """Runs cells, several at once, and remembers which row each belongs to."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.rows = args, {}
+        self.args, self.rows, self._settings = args, {}, {}
         tokenizer = args.out / "tokenizer.model"
         self.fixed = [f"data.source={args.source}", f"tokenizer.path={tokenizer}"]
         if not tokenizer.exists():
@@ -74,7 +74,8 @@ class Study:
         ]
         out, workers = self.args.out, self.args.workers
         found = run_cells(CONFIG, cells, out=out, overrides=self.fixed, workers=workers)
-        for (row, _, steps), cell, result in zip(wanted, cells, found, strict=True):
+        for (row, settings, steps), cell, result in zip(wanted, cells, found, strict=True):
+            self._settings[cell.name] = settings
             loss = result.get("validation_loss", math.inf)
             print(f"{row}  {' '.join(cell.overrides)}  {loss:.4f}", flush=True)
             entry = {**result, "run": cell.name, "steps": steps, "seed": seed}
@@ -83,8 +84,8 @@ class Study:
             self.rows.setdefault(row, []).append(entry)
 
     def best(self, row: str) -> Settings:
-        """The optimizer's settings in the best cell of a row."""
-        return _optimizer(_at_best(self.rows[row])[0])
+        """The optimizer's settings in the best cell of a row, as they were written."""
+        return self._settings[at_best(self.rows[row], self.args.seeds[0])[0]["run"]]
 
 
 def _train_tokenizer(source: str, path: Path) -> None:
@@ -155,11 +156,12 @@ def _boosted(study: Study, steps: int, seed: int) -> None:
 
 def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Rows at their best settings: losses, differences by seed, speed-ups, sharpness."""
-    base, twice, muon = (_at_best(study.rows[name]) for name in (ADAMW, TWICE, MUON))
-    traces = {name: _fisher(args, _at_best(cells)) for name, cells in study.rows.items()}
+    best = {name: at_best(cells, args.seeds[0]) for name, cells in study.rows.items()}
+    base, twice, muon = (best[name] for name in (ADAMW, TWICE, MUON))
+    traces = {name: _fisher(args, mine) for name, mine in best.items()}
     table = []
     for name, cells in study.rows.items():
-        mine = _at_best(cells)
+        mine = best[name]
         row = {"row": name, "diverged": sum(cell["status"] != "done" for cell in cells)}
         table.append(row)
         if not mine:
@@ -186,17 +188,17 @@ def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _at_best(cells: list[dict]) -> list[dict]:
-    """The cells of a row that share the settings of the best one, a seed each; diverged: none."""
+def at_best(cells: list[dict], first: int) -> list[dict]:
+    """The cells of a row with the settings that are best at the first seed; diverged: none."""
     done = [cell for cell in cells if cell["status"] == "done"]
-    if not done:
+    swept = [cell for cell in done if cell["seed"] == first]
+    if not swept:
         return []
-    best = min(done, key=lambda cell: cell["validation_loss"] if cell["seed"] == 0 else math.inf)
-
+    best = min(swept, key=lambda cell: cell["validation_loss"])
     return [cell for cell in done if _optimizer(cell) == _optimizer(best)]
 
 
-def _optimizer(cell: dict) -> Settings:
+def _optimizer(cell: dict) -> dict[str, Any]:
     return {key: value for key, value in cell["set"].items() if key.startswith("optimizer.")}
 
 

@@ -8,19 +8,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlab.errors import ConfigError, JaxlabError
+from jaxlab.errors import ConfigError, Interrupted, JaxlabError
+from jaxlab.tools.interrupts import interruptible
 from jaxlab.tools.output import one_line, print_citations, write_json
 from kernels_pallas.without_tpu import choose_cpu
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     choose_cpu()  # The commands import jax, which then looks for its devices.
+    argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
+    arguments.again = shlex.join(["jaxlab", *argv])
     try:
-        return arguments.call(arguments) or 0
+        with interruptible():
+            return arguments.call(arguments) or 0
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.exit_code
     except JaxlabError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return Interrupted.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,27 +45,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     source = "installed-docs, a path (folder, .txt, .jsonl[.gz|.xz|.zst]), facts:SEED or tfds:NAME"
+    _training_commands(commands, source)
+    _memory_commands(commands, source)
+    _generate_command(commands)
+    _evaluation_commands(commands, source)
+    _command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
+    return parser
 
-    def command(group, name: str, call, text: str) -> argparse.ArgumentParser:
-        added = group.add_parser(name, help=text, description=text)
-        added.set_defaults(call=call)
-        return added
 
-    demo = command(commands, "demo", _demo, "train, write a bank, evaluate and ask: all in minutes")
+def _command(group, name: str, call, text: str) -> argparse.ArgumentParser:
+    added = group.add_parser(name, help=text, description=text)
+    added.set_defaults(call=call)
+    return added
+
+
+def _training_commands(commands, source: str) -> None:
+    demo = _command(
+        commands, "demo", _demo, "train, write a bank, evaluate and ask: all in minutes"
+    )
     demo.add_argument("--out", required=True, metavar="DIR")
 
     tokenizer = commands.add_parser("tokenizer", help="tokenizers").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    train_tokenizer = command(tokenizer, "train", _tokenizer_train, "train a sentencepiece model")
+    train_tokenizer = _command(tokenizer, "train", _tokenizer_train, "train a sentencepiece model")
     train_tokenizer.add_argument("--data", required=True, metavar="SRC", help=source)
     train_tokenizer.add_argument("--vocab", required=True, type=_positive, metavar="N")
     train_tokenizer.add_argument("--out", required=True, metavar="FILE")
 
-    train = command(commands, "train", _train, "run a configuration's stages; resumes by itself")
+    train = _command(commands, "train", _train, "run a configuration's stages; resumes by itself")
     train.add_argument("--out", required=True, metavar="DIR")
     text = "train every combination of some values, one after the other; resumable"
-    sweep = command(commands, "sweep", _sweep, text)
+    sweep = _command(commands, "sweep", _sweep, text)
     for each in (train, sweep):
         each.add_argument("config", metavar="CONFIG", help="a YAML file, see docs/howto/train.md")
     for each in (demo, train, sweep):
@@ -68,16 +84,18 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument(
             "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=change
         )
-    several = "values of a key, such as optimizer.learning_rate=1e-3,2e-3; several make a grid"
+    several = (
+        "values of a key, such as seed=0,1 or optimizer.ire='null,{kappa: 2}'; several: a grid"
+    )
     sweep.add_argument("--over", action="append", required=True, metavar="KEY=a,b,c", help=several)
     sweep.add_argument("--json", required=True, metavar="FILE", help="results; a plot goes beside")
     sweep.add_argument("--out", metavar="DIR", help="the runs (FILE without its ending)")
     text = "runs at once, each with its share of the cores (%(default)s)"
     sweep.add_argument("--workers", type=_positive, default=1, metavar="N", help=text)
 
-    _memory_commands(commands, command, source)
 
-    generate = command(commands, "generate", _generate, "continue a prompt, reading a bank")
+def _generate_command(commands) -> None:
+    generate = _command(commands, "generate", _generate, "continue a prompt, reading a bank")
     generate.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     generate.add_argument("--bank", metavar="BANK", help="what to read; none: nothing")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
@@ -89,10 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=_seed, default=0)
     generate.add_argument("--stop", metavar="TEXT", help="end before this text")
 
+
+def _evaluation_commands(commands, source: str) -> None:
     evaluate = commands.add_parser("eval", help="evaluation").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    perplexity = command(evaluate, "perplexity", _eval_perplexity, "bits per byte of documents")
+    perplexity = _command(evaluate, "perplexity", _eval_perplexity, "bits per byte of documents")
     perplexity.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     perplexity.add_argument("--data", required=True, metavar="SRC", help=source)
     perplexity.add_argument("--bank", metavar="BANK", help="for --memory on and shuffled")
@@ -104,14 +124,14 @@ def _parser() -> argparse.ArgumentParser:
         "--limit-bytes", type=_positive, metavar="N", help="read so much of SRC"
     )
     perplexity.add_argument("--json", required=True, metavar="FILE")
-    facts = command(evaluate, "facts", _eval_facts, "recall of facts that only the bank holds")
+    facts = _command(evaluate, "facts", _eval_facts, "recall of facts that only the bank holds")
     facts.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     facts.add_argument("--seed", required=True, type=_seed, metavar="N", help="of the facts")
     facts.add_argument("--questions", type=_positive, default=500, metavar="N", help="(500)")
     facts.add_argument("--json", required=True, metavar="FILE")
 
     text = "trace of Fisher matrix and Hessian, top eigenvalues, of the training loss"
-    sharpness = command(evaluate, "sharpness", _eval_sharpness, text)
+    sharpness = _command(evaluate, "sharpness", _eval_sharpness, text)
     sharpness.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     rows = "training rows or images to look at (64 rows, 512 images)"
     sharpness.add_argument("--examples", type=_positive, metavar="N", help=rows)
@@ -121,24 +141,21 @@ def _parser() -> argparse.ArgumentParser:
     sharpness.add_argument("--seed", type=_seed, default=0)
     sharpness.add_argument("--json", required=True, metavar="FILE")
 
-    command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
-    return parser
 
-
-def _memory_commands(commands, command, source: str) -> None:
+def _memory_commands(commands, source: str) -> None:
     memory = commands.add_parser("memory", help="memory banks").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    write = command(memory, "write", _memory_write, "write references into a bank; resumable")
+    write = _command(memory, "write", _memory_write, "write references into a bank; resumable")
     write.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     write.add_argument("--data", required=True, metavar="SRC", help=source)
     write.add_argument("--limit-bytes", type=_positive, metavar="N", help="read so much of SRC")
-    search = command(memory, "search", _memory_search, "the references nearest to a text")
+    search = _command(memory, "search", _memory_search, "the references nearest to a text")
     search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
     search.add_argument("--top", type=_positive, default=5, metavar="K", help="how many (5)")
     search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
-    stats = command(memory, "stats", _memory_stats, "what a bank holds")
-    verify = command(memory, "verify", _memory_verify, "check every file of a bank")
+    stats = _command(memory, "stats", _memory_stats, "what a bank holds")
+    verify = _command(memory, "verify", _memory_verify, "check every file of a bank")
     for each in (write, search, stats, verify):
         each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
 
@@ -185,27 +202,29 @@ def _train(arguments: argparse.Namespace) -> int:
 
     result = trainer(config.workload)(config, arguments.out)
     if result.interrupted:
-        overrides = ["--set", *arguments.set] if arguments.set else []
-        again = ["jaxlab", "train", arguments.config, *overrides, "--out", arguments.out]
         saved = f"saved at step {result.step} ({result.stage}); resume with"
         saved = saved if result.step else "no step was done yet; start again with"
-        print(f"interrupted: {saved}: {shlex.join(again)}")
-        return INTERRUPTED
-    print(f"done: step {result.step}, run {arguments.out}")
+        print(f"interrupted: {saved}: {arguments.again}")
+        return Interrupted.exit_code
+    steps = f"step {result.step}, " if result.step else ""  # a workload may have none
+    print(f"done: {steps}run {arguments.out}")
     return 0
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from jaxlab.tools.sweep import run_sweep
 
-    run_sweep(
-        arguments.config,
-        arguments.over,
-        json_file=Path(arguments.json),
-        out=arguments.out and Path(arguments.out),
-        overrides=arguments.set,
-        workers=arguments.workers,
-    )
+    try:
+        run_sweep(
+            arguments.config,
+            arguments.over,
+            json_file=Path(arguments.json),
+            out=arguments.out and Path(arguments.out),
+            overrides=arguments.set,
+            workers=arguments.workers,
+        )
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; go on with: {arguments.again}") from None
 
 
 def _memory_write(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from jaxlab.training_config import (
     StageConfig,
     TrainingConfig,
     fraction,
+    ire_starts,
     not_negative,
     positive,
     require,
@@ -204,6 +205,8 @@ class ExperimentConfig:
         require(self.name != "", "name", "must not be empty")
         not_negative(self, "seed")
         self._fill_learning_rates()
+        named = self.stages.named()
+        ire_starts(self.optimizer, {f"stages.{name}": stage for name, stage in named.items()})
         length, chunk = self.data.sequence_length, self.memory.chunk_length
         grid = f"{length} is not a multiple of memory.chunk_length ({chunk})"
         reads = any(stage.memory for stage in self.stages.named().values())
@@ -244,16 +247,20 @@ class ExperimentConfig:
         return self.seed if self.data.seed is None else self.data.seed
 
 
-def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Any:
+def load_config(
+    path: str | os.PathLike, overrides: Sequence[str] = (), *, swept: Sequence[str] = ()
+) -> Any:
     """Read a YAML file, lay ``a.b=value`` overrides on top and check the result.
 
-    Returns the configuration class of the file's ``workload``: ExperimentConfig for a language
-    model. Raises ConfigError naming the file (or the override), the dotted key and what is known
-    instead.
+    ``swept`` are the overrides of a sweep, which go over the others. Returns the configuration
+    class of the file's ``workload``: ExperimentConfig for a language model. Raises ConfigError
+    naming the file (or the override), the dotted key and what is known instead.
     """
     path = Path(path)
     raw = strict_yaml.read_mapping(path)
-    source = strict_yaml.apply_overrides(raw, overrides, str(path))
+    source = strict_yaml.Source(str(path))
+    strict_yaml.apply_overrides(raw, overrides, source)
+    strict_yaml.apply_overrides(raw, swept, source, flag="--over")
     workload = raw.get("workload", "language-model")
     if not isinstance(workload, str) or workload not in WORKLOADS:
         raise source.error("workload", f"{workload!r} is none of {', '.join(WORKLOADS)}")

@@ -21,3 +21,9 @@ class BankError(JaxlabError):
 
 class CheckpointError(JaxlabError):
     """A run directory or a checkpoint cannot be used."""
+
+
+class Interrupted(JaxlabError):
+    """The user stopped the work; the message says what is done and how it goes on."""
+
+    exit_code = 130

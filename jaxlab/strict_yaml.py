@@ -32,14 +32,14 @@ class Source:
     """Where values come from: a file, and the overrides that were laid on top of it."""
 
     file: str
-    overrides: dict[str, str] = field(default_factory=dict)  # dotted key → the override's text
+    overrides: dict[str, str] = field(default_factory=dict)  # dotted key → flag and text
 
     def error(self, key: str, problem: str) -> ConfigError:
         """An error that names the override that set ``key``, or else the file."""
         where = self.file
         for given, text in self.overrides.items():
             if key == given or key.startswith(f"{given}."):
-                where = f"--set {text}"
+                where = text
         return ConfigError(f"{where}: {key}: {problem}")
 
 
@@ -72,7 +72,8 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """The value of a YAML text; ConfigError, naming ``where`` it stands, when it is none."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -94,28 +95,33 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    raw = _parse(text, str(path))
+    raw = parse(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {_describe(raw)}")
     return raw
 
 
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str], file: str) -> Source:
-    """Lay ``a.b=value`` texts over ``raw`` in place; values are YAML. The later one wins."""
-    source = Source(file)
+def apply_overrides(
+    raw: dict[str, Any], overrides: Sequence[str], source: Source, *, flag: str = "--set"
+) -> None:
+    """Lay ``a.b=value`` texts over ``raw`` in place; values are YAML. The later one wins.
+
+    ``source`` remembers them with the ``flag`` that they were given by.
+    """
     for text in overrides:
         key, equals, value = text.partition("=")
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
-            raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set seed=1")
+            raise ConfigError(f"{flag} {text}: expected KEY=VALUE, such as {flag} seed=1")
         node = raw
-        for part in parts[:-1]:
+        for depth, part in enumerate(parts[:-1], start=1):
             if not isinstance(node.get(part), dict):
+                # The file has no such section: the override answers for all of it.
+                source.overrides[".".join(parts[:depth])] = f"{flag} {text}"
                 node[part] = {}
             node = node[part]
-        node[parts[-1]] = _parse(value, f"--set {text}")
-        source.overrides[".".join(parts)] = text
-    return source
+        node[parts[-1]] = parse(value, f"{flag} {text}")
+        source.overrides[".".join(parts)] = f"{flag} {text}"
 
 
 def build(cls: type, raw: Any, source: Source, *, key: str = "", root: type | None = None) -> Any:
@@ -131,8 +137,7 @@ def build(cls: type, raw: Any, source: Source, *, key: str = "", root: type | No
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name in raw:
         if name not in fields:
-            close = _closest(name, key, fields, root)
-            raise source.error(_join(key, name), f"unknown key; did you mean {close}?")
+            raise source.error(_join(key, name), f"unknown key; {_hint(name, key, fields, root)}")
     for name, item in fields.items():
         no_default = item.default is dataclasses.MISSING
         if name not in raw and no_default and item.default_factory is dataclasses.MISSING:
@@ -198,11 +203,11 @@ def _dotted_keys(cls: type, prefix: str = "") -> Iterator[str]:
                 yield from _dotted_keys(option, key)
 
 
-def _closest(name: str, prefix: str, fields: dict[str, Any], root: type) -> str:
-    """A sibling that looks alike; else the same name elsewhere; else the nearest sibling."""
+def _hint(name: str, prefix: str, fields: dict[str, Any], root: type) -> str:
+    """A sibling that looks alike; else the same name elsewhere; else all siblings."""
     if alike := difflib.get_close_matches(name, fields, n=1, cutoff=0.6):
-        return _join(prefix, alike[0])
+        return f"did you mean {_join(prefix, alike[0])}?"
     elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(_dotted_keys(root)))}
     if alike := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.6):
-        return elsewhere[alike[0]]
-    return _join(prefix, difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0])
+        return f"did you mean {elsewhere[alike[0]]}?"
+    return f"{prefix or 'this workload'} has {', '.join(fields)}"

@@ -165,6 +165,21 @@ def with_learning_rate(stage: StageConfig, key: str, optimizer: OptimizerConfig)
     return dataclasses.replace(stage, learning_rate=own or rate)
 
 
+def ire_starts(optimizer: OptimizerConfig, stages: dict[str, StageConfig]) -> None:
+    """Refuse IRE whose first refresh would come after the end of every stage (by their keys)."""
+    if optimizer.ire is None:
+        return
+    given = optimizer.ire.start_step
+    starts = {k: s.schedule.warmup_steps if given is None else given for k, s in stages.items()}
+    if any(starts[key] < stage.steps for key, stage in stages.items()):
+        return
+    first = next(iter(stages))
+    key = f"{first}.schedule.warmup_steps" if given is None else "optimizer.ire.start_step"
+    ends = " and ".join(f"{name}.steps {stage.steps}" for name, stage in stages.items())
+    never = f"is {starts[first]} and {ends}: IRE would never start"
+    require(False, key, f"{never}; lower {key} or set optimizer.ire to null")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How often the loop reports, evaluates and saves; 0 means only at the end of a stage."""

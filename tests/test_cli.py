@@ -7,6 +7,9 @@ import shutil
 import pytest
 
 from jaxlab.cli import main
+from jaxlab.training.guards import NotFiniteError
+from jaxlab.training.loop import TrainResult
+from jaxlab.workloads import demo
 from tests.integration import tiny_run
 from tests.integration.tiny_run import files_of, flip_bit
 
@@ -176,6 +179,17 @@ def test_what_was_prepared_for_another_configuration_is_not_used(fails, tiny, tm
     assert files_of(run) == before
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_that_diverges_says_what_can_be_done_from_where_it_is(tiny, tmp_path, capsys, saves):
+    changes = ["stages.continual=null", "data.facts_fraction=0", "optimizer.ire.kappa=1"]
+    changes += ["stages.warmup.learning_rate=1e38", f"training.save_every={int(saves)}"]
+    words = ["train", str(tiny.config), "--set", *changes, "--out", str(tmp_path / "run")]
+    assert main(words) == NotFiniteError.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "with a lower optimizer.ire.kappa, a lower stages.warmup.learning_rate, " in line
+    assert line.endswith("; init_from set to this directory keeps its last weights") == saves
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -199,6 +213,14 @@ def test_what_is_no_run_and_a_stage_that_is_not_there_are_named(fails, tiny, tmp
     assert line.startswith(f"{tmp_path}: is not a run directory")
     line = fails("generate", "--run", f"{tiny.run}@end", "--prompt", "the")
     assert "labelled 'end' (labels there: continual, warmup)" in line
+
+
+def test_a_demo_that_is_interrupted_ends_as_other_commands_do(tmp_path, monkeypatch, capsys):
+    stopped = TrainResult(7, "warmup", interrupted=True, validation_loss=None)
+    monkeypatch.setattr(demo, "train", lambda config, out: stopped)
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    line = "interrupted: step 7 is done; the same command goes on from there\n"
+    assert capsys.readouterr().err == line
 
 
 # Reading and evaluating

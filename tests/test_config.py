@@ -96,6 +96,30 @@ def test_a_key_of_another_section_is_pointed_to(tiny):
     assert "did you mean memory.tokens_kept?" in message
 
 
+def test_a_section_that_an_override_brings_is_the_overrides_and_not_the_files(tiny):
+    message = message_of(tiny, "optimiser.ire.kappa=1")
+    assert message.startswith("--set optimiser.ire.kappa=1: optimiser: unknown key; did you mean")
+    message = message_of(REPOSITORY / "configs/flat_toys.yaml", "optimizer.ire.kappa=1")
+    assert message == (
+        "--set optimizer.ire.kappa=1: optimizer: unknown key; this workload has workload, name"
+    )
+    message = message_of(REPOSITORY / "configs/vision_small.yaml", "stages.warmup.steps=3")
+    assert message == "--set stages.warmup.steps=3: stages: unknown key; did you mean stage?"
+    message = message_of(tiny, "stages.continual.schedule.xyz=1")
+    assert message.endswith(
+        "unknown key; stages.continual.schedule has name, warmup_steps, decay_fraction, "
+        "final_fraction"
+    )
+
+
+def test_a_swept_value_goes_over_the_others_and_is_named_as_given(tiny):
+    assert load_config(tiny, ["seed=1"], swept=["seed=2"]).seed == 2
+    with pytest.raises(ConfigError, match=r"^--over seed=x: seed: expected an integer, got 'x'"):
+        load_config(tiny, ["seed=1"], swept=["seed=x"])
+    with pytest.raises(ConfigError, match=r"^--over a=\[.*: not readable as YAML"):
+        load_config(tiny, swept=["a=["])
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
@@ -259,6 +283,19 @@ def test_a_learning_rate_is_given_once(tiny):
     assert "stages.warmup.learning_rate: is 0.001, and optimizer.learning_rate is 0.5" in message
     tiny.write_text(TINY.replace(", learning_rate: 1e-3", ""))
     assert "stages.warmup.learning_rate: missing" in message_of(tiny)
+
+
+def test_ire_that_would_never_start_is_refused_with_both_keys(tiny):
+    late = "optimizer.ire={kappa: 1, start_step: 10}"
+    assert message_of(tiny, late) == (
+        f"--set {late}: optimizer.ire.start_step: is 10 and stages.warmup.steps 10 and "
+        "stages.continual.steps 10: IRE would never start; lower optimizer.ire.start_step or set "
+        "optimizer.ire to null"
+    )
+    assert load_config(tiny, [late, "stages.continual.steps=11"]).optimizer.ire.start_step == 10
+    warm = "stages.warmup.schedule={warmup_steps: 10, decay_fraction: 0.0}"
+    message = message_of(tiny, "optimizer.ire.kappa=1", "stages.continual=null", warm)
+    assert "stages.warmup.schedule.warmup_steps: is 10 and stages.warmup.steps 10: IRE" in message
 
 
 @pytest.mark.parametrize(

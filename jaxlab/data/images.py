@@ -195,7 +195,10 @@ def _tfds(name: str) -> tuple[tuple[str, ...], dict[str, FileImages]]:
         raise DataError(f"image source {spec!r} needs tensorflow-datasets: install it") from error
     try:
         builder = tfds.builder(name, file_format="array_record")
-        held_out = next(s for s in _SPLITS["test"] if s in builder.info.splits)
+        found = builder.info.splits
+        held_out = next((split for split in _SPLITS["test"] if split in found), "test")
+        if not found:
+            raise LookupError(f"nothing is prepared in {builder.data_dir}")
         sources = {
             split: builder.as_data_source(split=actual)
             for split, actual in (("train", "train"), ("test", held_out))
@@ -204,8 +207,9 @@ def _tfds(name: str) -> tuple[tuple[str, ...], dict[str, FileImages]]:
     except Exception as error:  # TFDS raises many kinds here, most of them several lines long
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"image source {spec!r}: TFDS cannot give it ({reason}): prepare it with "
-            f"`tfds build {name} --file_format=array_record`, or correct the name"
+            f"image source {spec!r}: {reason.rstrip('.')}; prepare it where tensorflow is "
+            f"installed (`tfds build {name} --file_format=array_record`), correct the name, or "
+            "give a folder:PATH"
         ) from error
     return classes, {split: _tfds_images(source) for split, source in sources.items()}
 

@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from jaxlab.config import ModelConfig
 from jaxlab.models.decoder import abstract_decoder
-from jaxlab.training import losses
 from jaxlab.training.checkpoint import split_location
 from jaxlab.training.corpus import prepare_corpus
+from jaxlab.training.curvature import sampled_loss_sum
 from jaxlab.training.load import load_model
-from jaxlab.training.step import SequenceFormat
+from jaxlab.training.step import SequenceFormat, loss_sum
 
 LossFn = Callable[..., Float[Array, ""]]
 Batches = Sequence[tuple[Any, ...]]
@@ -92,15 +91,11 @@ def next_token_problem(
     form = SequenceFormat(bos_id=bos_id)
 
     def loss(params: PyTree, tokens: Array, mask: Array) -> Float[Array, ""]:
-        decoder = nnx.merge(graphdef, params)
-        hidden = form.hidden(decoder, {"tokens": tokens})
-        return losses.cross_entropy_sum(hidden, decoder.unembedding(), tokens, mask)
+        return loss_sum(params, graphdef, form, {"tokens": tokens, "loss_mask": mask})
 
     def sampled(params: PyTree, key: Array, tokens: Array, mask: Array) -> Float[Array, ""]:
-        decoder = nnx.merge(graphdef, params)
-        hidden, head = form.hidden(decoder, {"tokens": tokens}), decoder.unembedding()
-        drawn = losses.sampled_targets(hidden, head, key)
-        return losses.cross_entropy_sum(hidden, head, drawn, mask)
+        batch = {"tokens": tokens, "loss_mask": mask}
+        return sampled_loss_sum(params, key, graphdef, form, batch)
 
     batches = []
     for start in range(0, len(tokens), _ROWS):

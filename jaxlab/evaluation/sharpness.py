@@ -24,7 +24,7 @@ from jaxtyping import Array, PyTree
 from scipy.linalg import eigh_tridiagonal
 
 from jaxlab.config import load_config
-from jaxlab.errors import ConfigError
+from jaxlab.errors import CheckpointError, ConfigError
 from jaxlab.evaluation.problems import Batches, LossFn, Problem, language_problem
 from jaxlab.training.checkpoint import split_location
 from jaxlab.training.loop import CONFIG_FILE
@@ -33,6 +33,8 @@ ONE_BATCH: Batches = ((),)
 # What is looked at if nothing is said.
 _TEXT_ROWS, _IMAGES = 64, 512
 _TINY = 1e-30
+# An error below this share of the value: the draws were the same but for rounding.
+_SAME_LABELS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,14 +243,28 @@ def _estimate(found: list[float]) -> Estimate:
 
 
 def measure_sharpness(
-    problem: Problem, *, draws: int, eigenvalues: int, iterations: int, seed: int = 0
+    problem: Problem,
+    *,
+    draws: int,
+    eigenvalues: int,
+    iterations: int,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Sharpness:
-    """Both traces from ``draws`` draws each, and the ``eigenvalues`` largest of the Hessian."""
+    """Both traces from ``draws`` draws each, and the ``eigenvalues`` largest of the Hessian.
+
+    ``report`` is told what is being worked on.
+    """
     labels, signs, start = jax.random.split(jax.random.key(seed), 3)
     params, batches, n = problem.params, problem.batches, problem.n
     over = dict(batches=batches, draws=draws, n=n)
+    report(f"1/3  trace of the Fisher matrix over {n} predictions, {draws} draws of labels")
     fisher = fisher_trace(problem.sampled_loss, params, labels, **over)
+    if doubt := _doubt(fisher):
+        report(doubt)
+    report(f"2/3  trace of the Hessian, {draws} draws of signs")
     hessian = hessian_trace(problem.loss_fn, params, signs, **over)
+    report(f"3/3  top eigenvalues, {iterations} products with the Hessian")
     spectrum = top_eigenvalues(
         problem.loss_fn,
         params,
@@ -267,6 +283,17 @@ def measure_sharpness(
         top_eigenvalue_residuals=spectrum.residuals,
         loss=mean_loss(problem),
         n=n,
+    )
+
+
+def _doubt(fisher: Estimate) -> str | None:
+    """Why a trace that looks exact is not to be trusted."""
+    if fisher.error > _SAME_LABELS * fisher.value:
+        return None
+    return (
+        f"warning: every draw of labels gave the same trace ({fisher.value:.3g}): the model is "
+        "certain of each answer, as one that has diverged often is, and the trace then says "
+        "nothing of the curvature; look at the loss"
     )
 
 
@@ -316,14 +343,22 @@ def evaluate_sharpness(
         )
     problem = _problem(run, examples=examples, report=report)
     return measure_sharpness(
-        problem, draws=draws, eigenvalues=eigenvalues, iterations=iterations, seed=seed
+        problem,
+        draws=draws,
+        eigenvalues=eigenvalues,
+        iterations=iterations,
+        seed=seed,
+        report=report,
     )
 
 
 def _problem(run: str | Path, *, examples: int | None, report: Callable[[str], None]) -> Problem:
     """The loss of a run, text or images."""
     written = Path(split_location(run)[0]) / CONFIG_FILE
-    if written.is_file() and load_config(written).workload == "vision":
+    workload = load_config(written).workload if written.is_file() else None
+    if workload == "flat-toys":
+        raise CheckpointError(f"{run}: is a run of flat-toys, which trains no model; give another")
+    if workload == "vision":
         from jaxlab.workloads.vision import vision_problem
 
         return vision_problem(run, examples=examples or _IMAGES, warn=report)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.layers import normal, project, rotate
 from kernels_pallas.memory_attention import ChunkGrid, memory_attention
+from kernels_pallas.memory_decode import memory_decode
 
 
 class KeyValues(NamedTuple):
@@ -93,6 +94,7 @@ class Attention(nnx.Module):
         slots: KeyValues | None,
     ) -> Float[Array, "B T D"]:
         """Joint softmax over preface, slots and context, then the output projection."""
+        preface, slots = (_of_dtype(part, query.dtype) for part in (preface, slots))
         out = memory_attention(
             query,
             context.keys,
@@ -106,11 +108,44 @@ class Attention(nnx.Module):
         )
         return project(out, self.output[...], inputs=2)
 
+    def read_cached(
+        self,
+        query: Float[Array, "B T N H"],
+        cache: KeyValues,
+        plan: ReadingPlan,
+        *,
+        preface: KeyValues | None,
+        slots: KeyValues | None,
+    ) -> Float[Array, "B T D"]:
+        """The same from a flat cache; a single token by the op that is made for decoding."""
+        if query.shape[1] > 1:
+            heads = (self.key.shape[-2], self.key.shape[-1])
+            apart = KeyValues(*(part.reshape(*part.shape[:2], *heads) for part in cache))
+            return self.read(query, apart, plan, preface=preface, slots=slots)
+        preface, slots = (_of_dtype(part, query.dtype) for part in (preface, slots))
+        out = memory_decode(
+            query[:, 0],
+            *cache,
+            lengths=plan.index[:, 0] + 1,
+            preface=preface,
+            slots=None if slots is None else tuple(part[:, 0] for part in slots),
+            slot_valid=None if slots is None else plan.slot_valid[:, 0],
+        )
+        return project(out[:, None], self.output[...], inputs=2)
+
+
+def _of_dtype(part: KeyValues | None, dtype) -> KeyValues | None:
+    return None if part is None else KeyValues(*(x.astype(dtype) for x in part))
+
 
 def write_into(cache: KeyValues, new: KeyValues, start: Int[Array, " B"]) -> KeyValues:
-    """Write the keys and values of this call into each sequence's cache from its own ``start``."""
+    """Write the keys and values of this call into each sequence's cache from its own ``start``.
+
+    The cache is flat, (B, S, K H); what is new is (B, T, K, H).
+    """
 
     def one(buffer, rows, at):
-        return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), at, axis=0)
+        rows = rows.reshape(rows.shape[0], -1).astype(buffer.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, rows, at, axis=0)
 
     return KeyValues(*(jax.vmap(one)(b, n, start) for b, n in zip(cache, new, strict=True)))

@@ -80,9 +80,11 @@ class Block(nnx.Module):
         query, key, value = self.attention.project(self.attention_norm(x))
         query = self.attention.rotate(query, plan.positions)
         context = KeyValues(self.attention.rotate(key, plan.positions), value)
+        read = self.attention.read
         if cache is not None:
             context = write_into(cache, context, plan.index[:, 0])
-        x = x + self.attention.read(query, context, plan, preface=preface, slots=slots)
+            read = self.attention.read_cached
+        x = x + read(query, context, plan, preface=preface, slots=slots)
         return x + self.mlp(self.mlp_norm(x)), context
 
 

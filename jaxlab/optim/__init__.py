@@ -2,14 +2,9 @@
 
 from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import decay_mask, make_optimizer
+from jaxlab.optim.flat_mask import FlatDirectionsState, flat_fractions, flat_shares
 from jaxlab.optim.followups import BLOCKWISE, grad_power, scale_by_block
-from jaxlab.optim.ire import (
-    FlatDirectionsState,
-    flat_fractions,
-    ire,
-    refresh_flat_mask,
-    scale_flat_directions,
-)
+from jaxlab.optim.ire import ire, refresh_flat_mask, scale_flat_directions
 from jaxlab.optim.lite import LiteMuonState, lite_muon
 from jaxlab.optim.sam import AverageSamState, average_sam, sam
 from jaxlab.optim.schedules import make_schedule
@@ -23,6 +18,7 @@ __all__ = [
     "block_labels",
     "decay_mask",
     "flat_fractions",
+    "flat_shares",
     "grad_power",
     "ire",
     "lite_muon",

@@ -4,9 +4,13 @@ The paper of IRE (arXiv 2405.20763, equation 6) uses the Gauss-Newton-Bartlett e
 (arXiv 2305.14342): the squared gradient of the mean loss at labels that the model draws itself. Its
 expectation over the draws is the diagonal of the Gauss-Newton matrix, which for cross-entropy over
 softmax is that of the Fisher matrix.
+
+What ranks has the size of a gradient, a *root* of that diagonal: it ranks as its square does
+without underflow, and squares are what ``curvature_decay`` averages over refreshes.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +42,7 @@ def sampled_label_gradient(
     return jax.grad(loss)(params)
 
 
-def sampled_label_fisher(
+def sampled_label_root_fisher(
     logits_fn: LogitsFn,
     params: PyTree,
     key: Array,
@@ -46,29 +50,19 @@ def sampled_label_fisher(
     draws: int = 1,
     weights: Float[Array, "*batch"] | None = None,
 ) -> PyTree:
-    """Diagonal of the Fisher matrix, from ``draws`` sets of labels: count of labels times ghat².
+    """Root of the Fisher matrix's diagonal from ``draws`` sets of labels: of mean count * ghat².
 
-    Unbiased in each draw; one draw of a coordinate is chi-squared with one degree of freedom, so
+    The square is unbiased; one draw of a coordinate is chi-squared with one degree of freedom, so
     more draws rank better, at proportional cost.
     """
-    if draws < 1:
-        raise ValueError(f"draws is {draws}: it must be at least 1")
-
-    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
-        found = sampled_label_gradient(logits_fn, params, key, *inputs, weights=weights)
-        return jax.tree.map(lambda t, g: t + squared(g), total, found), None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-    total, _ = jax.lax.scan(add, zeros, jax.random.split(key, draws))
-    shape = jax.eval_shape(logits_fn, params, *inputs).shape[:-1]
-    count = jnp.sum(jnp.ones(shape) if weights is None else weights)
-    return jax.tree.map(lambda t: t * (count / draws), total)
+    fisher = _sampled_label_fisher(logits_fn, params, key, inputs, draws, weights)
+    return jax.tree.map(jnp.sqrt, fisher)
 
 
-def per_example_fisher(
+def per_example_root_fisher(
     logits_fn: LogitsFn, params: PyTree, key: Array, *inputs: Any, draws: int = 1
 ) -> PyTree:
-    """Diagonal of the Fisher matrix as the mean of squared gradients of single examples.
+    """Root of the Fisher matrix's diagonal from gradients of single examples: of mean ghat².
 
     Axis 0 of every input counts examples; the labels of one example are drawn together. Costs a
     gradient for each example: for models without batch statistics and small batches.
@@ -76,12 +70,12 @@ def per_example_fisher(
 
     def of_one(key: Array, *one: Any) -> PyTree:
         alone = [jax.tree.map(lambda x: x[None], part) for part in one]
-        return sampled_label_fisher(logits_fn, params, key, *alone, draws=draws)
+        return _sampled_label_fisher(logits_fn, params, key, alone, draws, None)
 
     count = len(jax.tree.leaves(inputs)[0])
     keys = jax.random.split(key, count)
     squares = jax.lax.map(lambda part: of_one(*part), (keys, *inputs))
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0), squares)
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(x, axis=0)), squares)
 
 
 def hutchinson_diagonal(
@@ -93,7 +87,7 @@ def hutchinson_diagonal(
 ) -> PyTree:
     """Diagonal of the Hessian of any loss, from ``draws`` random signs; it may be negative."""
 
-    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
+    def of_one(key: Array) -> PyTree:
         leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(key, len(leaves))
         signs = [
@@ -102,24 +96,20 @@ def hutchinson_diagonal(
         signs = jax.tree.unflatten(structure, signs)
         gradient = jax.grad(lambda p: loss_fn(p, *inputs))
         product = jax.jvp(gradient, (params,), (signs,))[1]
-        return jax.tree.map(
-            lambda t, v, h: t + (v * h).astype(t.dtype), total, signs, product
-        ), None
+        return jax.tree.map(jnp.multiply, signs, product)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-    total, _ = jax.lax.scan(add, zeros, jax.random.split(key, draws))
-    return jax.tree.map(lambda t: t / draws, total)
+    return mean_over_draws(of_one, params, key, draws)
 
 
-def empirical_fisher(
+def empirical_root_fisher(
     loss_fn: Callable[..., Float[Array, ""]], params: PyTree, *inputs: Any
 ) -> PyTree:
-    """Squared gradient of the mean training loss at the true labels.
+    """Size of the gradient of the mean training loss at the true labels.
 
     Named for what it is: not an estimate of the Fisher matrix away from convergence, and not the
     paper's curvature.
     """
-    return jax.tree.map(squared, jax.grad(lambda p: loss_fn(p, *inputs))(params))
+    return jax.tree.map(jnp.abs, jax.grad(lambda p: loss_fn(p, *inputs))(params))
 
 
 def random_ranks(params: PyTree, key: Array) -> PyTree:
@@ -130,9 +120,41 @@ def random_ranks(params: PyTree, key: Array) -> PyTree:
     return optax.tree.random_like(key, params, jax.random.uniform, jnp.float32)
 
 
+def mean_over_draws(
+    function: Callable[[Array], PyTree], params: PyTree, key: Array, draws: int
+) -> PyTree:
+    """Mean in float32 of a tree like the parameters over ``draws`` keys, one at a time."""
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: it must be at least 1")
+
+    def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, function(key)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+    total, _ = jax.lax.scan(add, zeros, jax.random.split(key, draws))
+    return jax.tree.map(lambda t: t / draws, total)
+
+
 def squared(gradient: Array) -> Float[Array, "..."]:
     """|gradient|² in float32, for any type of number."""
     return jnp.square(jnp.abs(gradient).astype(jnp.float32))
+
+
+def _sampled_label_fisher(
+    logits_fn: LogitsFn,
+    params: PyTree,
+    key: Array,
+    inputs: Sequence[Any],
+    draws: int,
+    weights: Float[Array, "*batch"] | None,
+) -> PyTree:
+    def of_one(key: Array) -> PyTree:
+        found = sampled_label_gradient(logits_fn, params, key, *inputs, weights=weights)
+        return jax.tree.map(squared, found)
+
+    shape = jax.eval_shape(logits_fn, params, *inputs).shape[:-1]
+    count = float(math.prod(shape)) if weights is None else jnp.sum(weights, dtype=jnp.float32)
+    return jax.tree.map(lambda t: t * count, mean_over_draws(of_one, params, key, draws))
 
 
 def _mean_cross_entropy(

@@ -9,72 +9,44 @@ the smallest magnitudes is flat, and there the update of the base is multiplied 
 (equations 4 and 5). What enters the moments of the base is not.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32, Int32, PyTree
+from jaxtyping import Array, PyTree
 
-from jaxlab.optim.curvature import squared
-from jaxlab.optim.threshold import (
-    Count,
-    add,
-    as_float,
-    count_of,
-    count_true,
-    finite_bits,
-    kth_smallest_bits,
-    magnitude_bits,
-    share_of,
-    subtract,
+from jaxlab.optim.flat_mask import (
+    FlatDirectionsState,
+    Ranking,
+    Scalar,
+    group_labels,
+    initial_state,
+    refreshed,
+    value_at,
 )
+from jaxlab.optim.threshold import AxisName
 
-Scalar = float | Callable[[Array], Any] | Array
 CurvatureFn = Callable[..., PyTree]
-
-
-class FlatDirectionsState(NamedTuple):
-    """What the transformation remembers; one byte a parameter, four more with an average.
-
-    ``flat_mask`` is sharded like the parameters and False until the first refresh. The diagnostics
-    are those of the last refresh: share of coordinates that are flat, share of exact zeros, and the
-    threshold of each group. ``optax.tree.map_params`` tells its parts when the scope is global.
-    """
-
-    count: Int32[Array, ""]
-    flat_mask: PyTree
-    curvature_average: PyTree
-    curvature_key: Array
-    flat_fraction: Float32[Array, ""]
-    zero_fraction: Float32[Array, ""]
-    flat_threshold: dict[str, Float32[Array, ""]]
-
-
-class _Ranking(NamedTuple):
-    """How coordinates are ranked: the settings that a refresh needs."""
-
-    gamma: Scalar
-    scope: str | PyTree = "global"
-    param_mask: PyTree | Callable[[PyTree], PyTree] | None = None
-    rank_zeros: bool = True
-    decay: float = 0.0
 
 
 def scale_flat_directions(
     kappa: Scalar,
     gamma: Scalar = 0.8,
     *,
-    update_interval: int | None = 10,
-    start_step: int = 0,
+    update_interval: int | Array | None = 10,
+    start_step: int | Array = 0,
     curvature: CurvatureFn | None = None,
-    curvature_decay: float = 0.0,
+    curvature_decay: float | Array | None = None,
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
-    seed: int = 0,
+    axis_name: AxisName = None,
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by ``1 + kappa`` on the flat coordinates; belongs last in a chain.
 
@@ -84,48 +56,42 @@ def scale_flat_directions(
       update_interval: steps between two refreshes of the mask (K); None: only
         ``refresh_flat_mask`` or ``refresh`` renews it.
       start_step: step of the first refresh (T_w); before it the base is unchanged.
-      curvature: estimator ``f(params, key, **extra_args)`` for every refresh.
-      curvature_decay: weight of the past in a running average of squares (0: the paper's).
+      curvature: estimator ``f(params, key, ...)`` for every refresh; it gets those of the extra
+        arguments of ``update`` that it names, or all where it has a ``**parameter``.
+      curvature_decay: weight of the past in a running average of squares, so that what is averaged
+        should have the size of a gradient; None or 0: the paper's, without one.
       scope: one threshold for all (``global``), one for each ``tensor``, or a pytree of group
         labels, one for each label.
       param_mask: pytree of booleans (or a function of a tree like the parameters): leaves that take
         part; others are neither ranked nor boosted.
       rank_zeros: whether exact zeros (unseen embedding rows, dead units) count in the share.
+      axis_name: axes of ``jax.shard_map`` along which every leaf is split, to find the threshold of
+        the whole and not of each shard; a leaf that is not split counts once for each shard. Under
+        plain ``jit`` None, however things are sharded.
       seed: of the keys that estimators get, a fresh one each refresh.
 
     ``update`` takes a curvature in one of three ways: the estimator above; ``curvature_fn(params,
     key)`` as an extra argument, evaluated on refresh steps only; or the tree itself as
     ``curvature``. ``refresh`` says when to take it instead of ``update_interval``.
 
+    All numbers may be arrays, as within ``optax.inject_hyperparams``, which takes functions for
+    schedules: name ``curvature`` and ``param_mask`` in its ``static_args``.
+
     Raises ValueError for settings that cannot be, and, when ``update`` is traced, for a refresh
     without any curvature.
     """
-    if not callable(kappa) and not isinstance(kappa, jax.Array) and kappa < 0:
-        raise ValueError(f"kappa is {kappa}: it must be at least 0")
-    if not callable(gamma) and not isinstance(gamma, jax.Array) and not 0 < gamma <= 1:
-        raise ValueError(f"gamma is {gamma}: it is a share in (0, 1]")
-    if update_interval is not None and update_interval < 1:
-        raise ValueError(f"update_interval is {update_interval}: it must be at least 1, or None")
-    if not 0 <= curvature_decay < 1:
-        raise ValueError(f"curvature_decay is {curvature_decay}: it must be in [0, 1)")
-    ranking, estimator = _Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay), curvature
+    _check_settings(
+        kappa=kappa,
+        gamma=gamma,
+        update_interval=update_interval,
+        start_step=start_step,
+        curvature_decay=curvature_decay,
+    )
+    decay = None if _is_zero(curvature_decay) else curvature_decay
+    ranking, estimator = Ranking(gamma, scope, param_mask, rank_zeros, decay, axis_name), curvature
 
     def init(params: PyTree) -> FlatDirectionsState:
-        average = None
-        if curvature_decay:
-            average = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-        # The name of the one group is known without parameters: optax.tree.map_params gives none.
-        labels = ["global"] if scope == "global" else sorted(set(_labels(scope, params)))
-        return FlatDirectionsState(
-            count=jnp.zeros((), jnp.int32),
-            # zeros_like keeps the sharding, also of abstract parameters and on explicit meshes.
-            flat_mask=jax.tree.map(lambda x: jnp.zeros_like(x, bool), params),
-            curvature_average=average,
-            curvature_key=jax.random.key_data(jax.random.key(seed)),
-            flat_fraction=jnp.zeros((), jnp.float32),
-            zero_fraction=jnp.zeros((), jnp.float32),
-            flat_threshold={label: jnp.zeros((), jnp.float32) for label in labels},
-        )
+        return initial_state(params, ranking, seed)
 
     def update(
         updates: PyTree,
@@ -137,36 +103,61 @@ def scale_flat_directions(
         refresh: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, FlatDirectionsState]:
-        never = update_interval is None and refresh is None
-        if not never and not _is_zero(kappa):
-
-            def source() -> PyTree:
-                key = jax.random.wrap_key_data(state.curvature_key)
-                key = jax.random.fold_in(key, state.count)
-                if curvature is not None:
-                    return curvature
-                if curvature_fn is not None:
-                    return curvature_fn(params, key)
-                return estimator(params, key, **extra_args)
-
-            if curvature is None and curvature_fn is None and estimator is None:
-                raise ValueError(_NO_CURVATURE)
+        following = optax.safe_increment(state.count)
+        if _is_zero(kappa):
+            return updates, state._replace(count=following)
+        if update_interval is not None or refresh is not None:
+            source = _source(curvature, curvature_fn, estimator, extra_args)
+            if curvature is None:
+                _check_whole(params)
             due = refresh if refresh is not None else _due(state.count, start_step, update_interval)
             state = jax.lax.cond(
-                due, lambda old: _refreshed(old, source(), ranking), lambda old: old, state
+                due,
+                lambda old: refreshed(old, source(params, _refresh_key(old)), ranking),
+                lambda old: old,
+                state,
             )
-        factor = 1 + _at(kappa, state.count)
+        elif curvature is not None or curvature_fn is not None:
+            raise ValueError(_NEVER_REFRESHED)
+        # A mask may be there before its time: from ``refresh`` or ``refresh_flat_mask``.
+        factor = 1 + jnp.where(state.count >= start_step, value_at(kappa, state.count), 0)
         boosted = jax.tree.map(lambda u, flat: _boost(u, flat, factor), updates, state.flat_mask)
-        return boosted, state._replace(count=optax.safe_increment(state.count))
+        return boosted, state._replace(count=following)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def ire(
-    base: optax.GradientTransformation, kappa: Scalar, gamma: Scalar = 0.8, **settings: Any
+    base: optax.GradientTransformation,
+    kappa: Scalar,
+    gamma: Scalar = 0.8,
+    *,
+    update_interval: int | Array | None = 10,
+    start_step: int | Array = 0,
+    curvature: CurvatureFn | None = None,
+    curvature_decay: float | Array | None = None,
+    scope: str | PyTree = "global",
+    param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    rank_zeros: bool = True,
+    axis_name: AxisName = None,
+    seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """``base`` with its update enlarged on flat coordinates; see :func:`scale_flat_directions`."""
-    return optax.chain(base, scale_flat_directions(kappa, gamma, **settings))
+    # Every keyword by its name: optax.inject_hyperparams reads them off the signature.
+    boost = scale_flat_directions(
+        kappa,
+        gamma,
+        update_interval=update_interval,
+        start_step=start_step,
+        curvature=curvature,
+        curvature_decay=curvature_decay,
+        scope=scope,
+        param_mask=param_mask,
+        rank_zeros=rank_zeros,
+        axis_name=axis_name,
+        seed=seed,
+    )
+    return optax.chain(base, boost)
 
 
 def refresh_flat_mask(
@@ -174,53 +165,39 @@ def refresh_flat_mask(
     curvature: PyTree,
     gamma: Scalar = 0.8,
     *,
-    curvature_decay: float = 0.0,
+    curvature_decay: float | Array | None = None,
     scope: str | PyTree = "global",
     param_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     rank_zeros: bool = True,
+    axis_name: AxisName = None,
 ) -> PyTree:
     """``opt_state`` with a new mask, wherever in it the transformation's state is.
 
     For transformations made with ``update_interval=None``: the curvature comes from a program of
     its own, over a batch of its own (accumulation, SAM, models that leave no room for a second
-    backward pass in the step). The settings are those of the transformation. Pure; may be jitted.
+    backward pass in the step). The state does not hold the transformation's settings: give gamma,
+    scope and the others again. Pure; may be jitted.
 
-    Raises ValueError when there is no such state.
+    Raises ValueError when there is no such state, or one that other settings have made.
     """
-    ranking = _Ranking(gamma, scope, param_mask, rank_zeros, curvature_decay)
+    decay = None if _is_zero(curvature_decay) else curvature_decay
+    _check_settings(gamma=gamma, curvature_decay=curvature_decay)
+    ranking = Ranking(gamma, scope, param_mask, rank_zeros, decay, axis_name)
     found = []
 
-    def refreshed(part: Any) -> Any:
+    def renewed(part: Any) -> Any:
         if not isinstance(part, FlatDirectionsState):
             return part
+        _check_made_so(part, ranking)
         found.append(part)
-        return _refreshed(part, curvature, ranking)
+        return refreshed(part, curvature, ranking)
 
     out = jax.tree.map(
-        refreshed, opt_state, is_leaf=lambda part: isinstance(part, FlatDirectionsState)
+        renewed, opt_state, is_leaf=lambda part: isinstance(part, FlatDirectionsState)
     )
     if not found:
         raise ValueError("this optimizer state has no flat directions: chain scale_flat_directions")
     return out
-
-
-def flat_fractions(opt_state: PyTree, labels: Callable[[PyTree], PyTree] | None = None) -> dict:
-    """Share of flat coordinates in each group of parameters, wherever in a state the mask is.
-
-    ``labels`` maps a tree like the parameters to one of group names; None: each leaf by its path.
-    An empty dictionary when there is no mask. Pure; may be jitted.
-    """
-    mask = optax.tree.get(opt_state, "flat_mask", None)
-    if mask is None:
-        return {}
-    names = _labels("tensor", mask) if labels is None else jax.tree.leaves(labels(mask))
-    flat: dict[str, list[Array]] = {}
-    for name, leaf in zip(names, jax.tree.leaves(mask), strict=True):
-        flat.setdefault(name, []).append(leaf)
-    return {
-        name: as_float(count_true(leaves)) / sum(leaf.size for leaf in leaves)
-        for name, leaves in flat.items()
-    }
 
 
 _NO_CURVATURE = (
@@ -228,74 +205,27 @@ _NO_CURVATURE = (
     "curvature=TREE to update, make the transformation with curvature=f, or with "
     "update_interval=None and call refresh_flat_mask"
 )
+_NEVER_REFRESHED = (
+    "update_interval=None never takes the curvature given to update: say when with refresh=..., or "
+    "give it to refresh_flat_mask between steps"
+)
+_PART_OF_THE_PARAMETERS = (
+    "a curvature function sees only a part of the parameters within optax.masked or "
+    "optax.partition: pass curvature=TREE with refresh=..., or call refresh_flat_mask between steps"
+)
 
 
-def _refreshed(
-    state: FlatDirectionsState, curvature: PyTree, ranking: _Ranking
-) -> FlatDirectionsState:
-    """The state with the mask of a new curvature; the old mask where there are no finite values."""
-    values, average = _ranked_values(state, curvature, ranking.decay)
-    groups = _groups(values, ranking, state.flat_mask)
-    bits = {i: magnitude_bits(values[i]) for members in groups.values() for i in members}
-    if not bits:
-        raise ValueError("no parameter takes part: param_mask leaves nothing to rank")
-    old, structure = jax.tree.flatten(state.flat_mask)
-    new, thresholds = [jnp.zeros_like(mask) for mask in old], dict(state.flat_threshold)
-    gamma = _at(ranking.gamma, state.count)
-    for label, members in groups.items():
-        tau = _threshold([bits[i] for i in members], gamma, rank_zeros=ranking.rank_zeros)
-        thresholds[label] = jax.lax.bitcast_convert_type(tau, jnp.float32)
-        for i in members:
-            new[i] = jnp.where(finite_bits(tau), bits[i] <= tau, old[i])
-    total = sum(values[i].size for i in bits)
-    return state._replace(
-        flat_mask=jax.tree.unflatten(structure, new),
-        curvature_average=average,
-        flat_fraction=as_float(count_true([new[i] for i in bits])) / total,
-        zero_fraction=as_float(count_true([part == 0 for part in bits.values()])) / total,
-        flat_threshold=thresholds,
-    )
-
-
-def _ranked_values(
-    state: FlatDirectionsState, curvature: PyTree, decay: float
-) -> tuple[list[Array], PyTree]:
-    """What ranks the coordinates, a leaf each, and the new average of squares, if there is one."""
-    # Within ``optax.masked`` and ``optax.partition`` only some leaves are this state's.
-    mine = jax.tree.map(
-        lambda mask, leaf: mask if isinstance(mask, optax.MaskedNode) else leaf,
-        state.flat_mask,
-        curvature,
-        is_leaf=lambda part: isinstance(part, optax.MaskedNode),
-    )
-    if not decay:
-        return jax.tree.leaves(mine), state.curvature_average
-    average = jax.tree.map(
-        lambda kept, new: decay * kept + (1 - decay) * squared(new), state.curvature_average, mine
-    )
-    return jax.tree.leaves(average), average
-
-
-def _groups(values: list[Array], ranking: _Ranking, tree: PyTree) -> dict[str, list[int]]:
-    """Numbers of the leaves that share a threshold, by label; only of leaves that take part."""
-    groups: dict[str, list[int]] = {}
-    takes_part = _taking_part(ranking.param_mask, tree)
-    for index, label in enumerate(_labels(ranking.scope, tree)):
-        if takes_part[index] and jnp.issubdtype(values[index].dtype, jnp.inexact):
-            groups.setdefault(label, []).append(index)
-    return groups
-
-
-def _threshold(bits: list[Array], gamma: Any, *, rank_zeros: bool) -> Array:
-    """Bits of the largest magnitude that is flat: the floor(gamma p)-th smallest (eq. 5)."""
-    size = sum(part.size for part in bits)
-    if rank_zeros:
-        if isinstance(gamma, float | int):
-            return kth_smallest_bits(bits, count_of(max(1, int(np.floor(gamma * size)))))
-        return kth_smallest_bits(bits, share_of(jnp.float32(gamma), count_of(size)))
-    zeros = count_true([part == 0 for part in bits])
-    others: Count = subtract(count_of(size), zeros)
-    return kth_smallest_bits(bits, add(zeros, share_of(jnp.float32(gamma), others)))
+def _check_made_so(state: FlatDirectionsState, ranking: Ranking) -> None:
+    averages = state.curvature_average is not None
+    if averages != (ranking.decay is not None):
+        kept = "keeps an average" if averages else "keeps no average"
+        raise ValueError(f"curvature_decay must be the transformation's: its state {kept}")
+    known, labels = set(state.flat_threshold), set(group_labels(ranking.scope, state.flat_mask))
+    if known != labels:
+        raise ValueError(
+            "scope must be the transformation's: its state has thresholds of "
+            f"{', '.join(sorted(known))}"
+        )
 
 
 def _boost(update: Array, flat: Array, factor: Any) -> Array:
@@ -304,34 +234,64 @@ def _boost(update: Array, flat: Array, factor: Any) -> Array:
     return update * jnp.where(flat, jnp.asarray(factor), 1).astype(update.dtype)
 
 
-def _due(count: Array, start_step: int, update_interval: int) -> Array:
+def _due(count: Array, start_step: int | Array, update_interval: int | Array) -> Array:
     since = count - start_step
     return (since >= 0) & (since % update_interval == 0)
 
 
-def _at(value: Scalar, count: Array) -> Any:
-    return value(count) if callable(value) else value
+def _source(
+    tree: PyTree | None,
+    given: CurvatureFn | None,
+    estimator: CurvatureFn | None,
+    extra_args: dict[str, Any],
+) -> Callable[[PyTree, Array], PyTree]:
+    """Where a refresh takes its curvature from: a function of parameters and key."""
+    if tree is not None:
+        return lambda params, key: tree
+    if given is not None:
+        return given
+    if estimator is None:
+        raise ValueError(_NO_CURVATURE)
+    parameters = inspect.signature(estimator).parameters
+    if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+        # What is for others in the chain, such as SAM's grad_fn, is not for it.
+        extra_args = {name: value for name, value in extra_args.items() if name in parameters}
+    return lambda params, key: estimator(params, key, **extra_args)
 
 
-def _is_zero(kappa: Scalar) -> bool:
-    """Whether the strength is known to be nothing: then no curvature is needed at all."""
-    return isinstance(kappa, int | float) and kappa == 0
+def _refresh_key(state: FlatDirectionsState) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(state.curvature_key), state.count)
 
 
-def _labels(scope: str | PyTree, tree: PyTree) -> list[str]:
-    """The group of each leaf."""
-    if scope == "global":
-        return ["global"] * len(jax.tree.leaves(tree))
-    if scope == "tensor":
-        return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    if isinstance(scope, str):
-        raise ValueError(f"scope is {scope!r}: choose global, tensor or a pytree of labels")
-    labels = jax.tree.map(lambda leaf, label: str(label), tree, scope)
-    return jax.tree.leaves(labels)
+def _is_zero(number: Any) -> bool:
+    """Whether a setting is known to be nothing, so that what it needs is not needed."""
+    return isinstance(number, Real) and number == 0
 
 
-def _taking_part(param_mask: Any, tree: PyTree) -> list[bool]:
-    if param_mask is None:
-        return [True] * len(jax.tree.leaves(tree))
-    mask = param_mask(tree) if callable(param_mask) else param_mask
-    return [bool(x) for x in jax.tree.leaves(jax.tree.map(lambda _, x: x, tree, mask))]
+_RULES = {
+    "kappa": (lambda x: x >= 0, "at least 0"),
+    "gamma": (lambda x: 0 < x <= 1, "a share in (0, 1]"),
+    "update_interval": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None"),
+    "start_step": (lambda x: x >= 0, "at least 0"),
+    "curvature_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
+
+
+def _check_settings(**settings: Any) -> None:
+    """Raises ValueError; arrays and schedules, whose values are not known, pass."""
+    for name, value in settings.items():
+        holds, what = _RULES[name]
+        if value is None and name in ("update_interval", "curvature_decay"):
+            continue
+        if isinstance(value, Real):
+            if not holds(value):
+                raise ValueError(f"{name} is {value}: it must be {what}")
+        elif not callable(value) and not isinstance(value, jax.Array | np.ndarray):
+            raise ValueError(f"{name} is {value!r}: it must be a number, {what}")
+
+
+def _check_whole(params: PyTree) -> None:
+    """Raises ValueError where only a part of the parameters is given to a curvature function."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda part: isinstance(part, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(_PART_OF_THE_PARAMETERS)

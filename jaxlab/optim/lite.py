@@ -17,7 +17,7 @@ import optax.contrib
 from jaxtyping import Array, Float, PyTree
 
 from jaxlab.optim.blocks import ADAMW_RMS, MATRICES, matrix_axes, step_name
-from jaxlab.optim.ire import Scalar
+from jaxlab.optim.flat_mask import Scalar
 
 # Five rounds of Muon's quintic, which lift small singular values, and two of the quintic that
 # converges to 1 (15/8, -10/8, 3/8): Muon's alone leave 0.7 to 1.2, too coarse for a projector.

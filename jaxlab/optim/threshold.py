@@ -18,6 +18,7 @@ _DIGITS = 1 << _DIGIT_BITS
 _LIMB_BITS = 16  # counts are pairs (high, low) of which low < 2^16: up to 2^48 elements
 _INFINITY = np.uint32(0x7F800000)
 
+AxisName = str | tuple[str, ...] | None
 Count = tuple[UInt32[Array, "*digits"], UInt32[Array, "*digits"]]
 
 
@@ -37,7 +38,10 @@ def share_of(share: Float[Array, ""], total: Count) -> Count:
     whole = jnp.maximum(jnp.floor(share * as_float(total)), 1.0)
     high = jnp.floor(whole / (1 << _LIMB_BITS))
     low = whole - high * (1 << _LIMB_BITS)
-    return high.astype(jnp.uint32), low.astype(jnp.uint32)
+    rank = high.astype(jnp.uint32), low.astype(jnp.uint32)
+    # The total itself may have been rounded up.
+    beyond = _less(total, rank)
+    return jnp.where(beyond, total[0], rank[0]), jnp.where(beyond, total[1], rank[1])
 
 
 def as_float(count: Count) -> Float[Array, ""]:
@@ -57,19 +61,24 @@ def subtract(left: Count, right: Count) -> Count:
     return left[0] - right[0] - borrow, left[1] + (borrow << _LIMB_BITS) - right[1]
 
 
-def count_true(parts: Sequence[Bool[Array, "..."]]) -> Count:
-    """How many elements of some arrays are True."""
-    return _total([_count(part) for part in parts])
+def count_true(parts: Sequence[Bool[Array, "..."]], axis_name: AxisName = None) -> Count:
+    """How many elements of some arrays are True, over all shards of the named axes."""
+    return _total([_count(part) for part in parts], axis_name)
 
 
-def kth_smallest_bits(bits: Sequence[UInt32[Array, "..."]], rank: Count) -> UInt32[Array, ""]:
-    """Bits of the ``rank``-th smallest (from 1) of all elements of some arrays, as if sorted."""
+def kth_smallest_bits(
+    bits: Sequence[UInt32[Array, "..."]], rank: Count, axis_name: AxisName = None
+) -> UInt32[Array, ""]:
+    """Bits of the ``rank``-th smallest (from 1) of all elements of some arrays, as if sorted.
+
+    Within ``jax.shard_map`` the arrays are shards of the whole along the named axes.
+    """
 
     def next_digit(number: Array, prefix: UInt32[Array, ""]) -> UInt32[Array, ""]:
         shift = (jnp.uint32(32 // _DIGIT_BITS - 1) - number.astype(jnp.uint32)) * _DIGIT_BITS
         bounds = prefix + (jnp.arange(1, _DIGITS, dtype=jnp.uint32) << shift)
         parts = [_counts_below(part, bounds) for part in bits]
-        counts = [_total(of_one_bound) for of_one_bound in zip(*parts, strict=True)]
+        counts = [_total(of_one_bound, axis_name) for of_one_bound in zip(*parts, strict=True)]
         # The digit is the number of bounds with too few elements below.
         digit = sum(_less(count, rank).astype(jnp.uint32) for count in counts)
         return prefix + (digit << shift)
@@ -85,10 +94,18 @@ def finite_bits(bits: UInt32[Array, ""]) -> Bool[Array, ""]:
 def _counts_below(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
     """For each bound, how many elements of one array are smaller."""
     if jax.device_count() > 1 or part.size >= 1 << 32:
-        # The compiler joins such reductions into one pass on TPU and GPU. A reduction of several
-        # operands, as below, is partitioned with gathers.
-        return [_count(part < bound) for bound in bounds]
-    # On a CPU one reduction of all is fifty times as fast as one for each bound.
+        return _in_reductions(part, bounds)
+    # What counts is the platform that is compiled for: from here it may be a pod of TPUs.
+    return jax.lax.platform_dependent(part, bounds, cpu=_in_one_reduction, default=_in_reductions)
+
+
+def _in_reductions(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
+    """A reduction for each bound, which TPU and GPU compilers join into one pass."""
+    return [_count(part < bound) for bound in bounds]
+
+
+def _in_one_reduction(part: UInt32[Array, "..."], bounds: UInt32[Array, " bounds"]) -> list[Count]:
+    """On a CPU fifty times as fast; but partitioned over devices it gathers."""
     below = tuple((part < bound).astype(jnp.uint32) for bound in bounds)
     zeros = tuple(jnp.uint32(0) for _ in below)
     axes = tuple(range(part.ndim))
@@ -113,12 +130,13 @@ def _limbs(total: UInt32[Array, ""]) -> Count:
     return total >> _LIMB_BITS, total & ((1 << _LIMB_BITS) - 1)
 
 
-def _total(counts: Sequence[Count]) -> Count:
-    # Fewer than 2^16 arrays, so the low limbs cannot overflow.
+def _total(counts: Sequence[Count], axis_name: AxisName) -> Count:
+    # Fewer than 2^16 arrays, so the low limbs cannot overflow; and then fewer than 2^16 shards.
     zero = jnp.uint32(0)
     high = sum((count[0] for count in counts), start=zero)
     low = sum((count[1] for count in counts), start=zero)
-    return _carried(high, low)
+    total = _carried(high, low)
+    return total if axis_name is None else _carried(*jax.lax.psum(total, axis_name))
 
 
 def _carried(high: Array, low: Array) -> Count:

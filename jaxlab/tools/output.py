@@ -26,6 +26,30 @@ def one_line(text: str, width: int = 160) -> str:
     return flat if len(flat) <= width else f"{flat[: width - 1]}…"
 
 
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """For each dotted key its last parts, as many as tell it from the others."""
+
+    def end(key: str, count: int) -> str:
+        return ".".join(key.split(".")[-count:])
+
+    def short(key: str) -> str:
+        counts = range(1, 2 + key.count("."))
+        alone = (n for n in counts if [end(k, n) for k in keys].count(end(key, n)) == 1)
+        return end(key, next(alone, len(counts)))
+
+    return {key: short(key) for key in keys}
+
+
+def short_values(values: Sequence[Any]) -> dict[Any, str]:
+    """For each value its text, less the folders that all of them begin with."""
+    texts = {value: str(value) for value in values}
+    shared = os.path.commonprefix(list(texts.values())) if len(texts) > 1 else ""
+    folders = shared.rpartition("/")[0]
+    if not folders:
+        return texts
+    return {value: f"…{text[len(folders) :]}" for value, text in texts.items()}
+
+
 def print_citations(citations: Sequence[Any]) -> None:
     """The references read for each chunk, with their scores."""
     if not citations:

@@ -1,5 +1,7 @@
 """The plots of an evaluation, as PNG files."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ import numpy as np
 
 from jaxlab.evaluation.facts import Recall
 from jaxlab.evaluation.perplexity import DocumentScores, Interval
+from jaxlab.tools.output import short_names, short_values
 
 _COLORS = ("#8a8f98", "#2a7f62", "#3b6ea5", "#c26a3d")
+_LINE_COLORS = ("#2a7f62", "#3b6ea5", "#c26a3d", "#8a8f98", "#7b5aa6", "#b0892e", "#4f9fb0")
 
 
 def _figure(width: float = 6.0, height: float = 3.6):
@@ -63,38 +67,63 @@ def plot_gain(
 def plot_sweep(result: Mapping[str, Any], path: Path, *, metric: str) -> Path:
     """A sweep's metric over its first key, a line for each combination of the others."""
     figure, axes = _figure()
-    lines: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for group in result["groups"]:
-        (first, *rest) = list(group["set"].items()) or [("", "all")]
-        label = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest)
-        lines.setdefault(label, []).append((first[1], group))
-        axes.set_xlabel(first[0])
-    xs = _positions([value for line in lines.values() for value, _ in line])
-    for label, line in lines.items():
-        kept = [(xs[value], group) for value, group in line if group["mean"] is not None]
+    draw_sweep(axes, result, metric=metric)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_sweep(axes: Any, result: Mapping[str, Any], *, metric: str) -> None:
+    """What ``plot_sweep`` shows; a cross at the top stands where runs diverged."""
+    groups = result["groups"]
+    names = short_names(list(groups[0]["set"]))
+    texts = {key: short_values([group["set"][key] for group in groups]) for key in names}
+    values = [next(iter(group["set"].values()), "all") for group in groups]
+    xs = _sweep_axis(axes, list(dict.fromkeys(values)))
+    # Names have no order: what lies between two of them means nothing.
+    joined = "-" if all(isinstance(value, int | float) for value in values) else "none"
+    lines: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for value, group in zip(values, groups, strict=True):
+        rest = list(group["set"].items())[1:]
+        label = ", ".join(f"{names[key]} {texts[key][other]}" for key, other in rest)
+        lines.setdefault(label, []).append((xs[value], group))
+    for (label, line), color in zip(lines.items(), itertools.cycle(_LINE_COLORS)):
+        kept = [(x, group) for x, group in line if group["mean"] is not None]
         axes.errorbar(
             [x for x, _ in kept],
             [group["mean"] for _, group in kept],
             yerr=[group["std"] or 0.0 for _, group in kept],
             marker="o",
+            linestyle=joined,
+            color=color,
             capsize=3,
             label=label or None,
         )
-    if xs and min(xs.values()) > 0 and max(xs.values()) >= 4 * min(xs.values()):
-        axes.set_xscale("log")
+        _mark_diverged(axes, [x for x, group in line if group["diverged"]], color)
+    axes.set_xlabel(next(iter(names.values()), ""))
     axes.set_ylabel(metric.replace("_", " "))
-    if any(lines):
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-    return path
 
 
-def _positions(values: Sequence[str]) -> dict[str, float]:
-    """Where values stand on an axis: at themselves if all are numbers, else in order."""
-    try:
-        return {value: float(value) for value in values}
-    except ValueError:
-        return {value: float(number) for number, value in enumerate(dict.fromkeys(values))}
+def _mark_diverged(axes: Any, xs: Sequence[float], color: str) -> None:
+    if xs:
+        height = axes.get_xaxis_transform()  # shares of the axis: a diverged run has no value
+        label = None if "diverged" in axes.get_legend_handles_labels()[1] else "diverged"
+        place = {"transform": height, "clip_on": False, "zorder": 3}
+        axes.plot(xs, [1.0] * len(xs), "x", color=color, markersize=8, label=label, **place)
+
+
+def _sweep_axis(axes: Any, values: Sequence[Any]) -> dict[Any, float]:
+    """Where values stand: numbers at themselves, with names among them all in order."""
+    if not all(isinstance(value, int | float) for value in values):
+        axes.set_xticks(range(len(values)), list(short_values(values).values()))
+        axes.margins(x=0.2)
+        return {value: float(place) for place, value in enumerate(values)}
+    if min(values) > 0 and max(values) >= 4 * min(values):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+    return {value: float(value) for value in values}
 
 
 def plot_paths(paths: Mapping[float, np.ndarray], path: Path) -> Path:
@@ -115,8 +144,8 @@ def plot_paths(paths: Mapping[float, np.ndarray], path: Path) -> Path:
     return path
 
 
-def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, expected: float) -> Path:
-    """Where u is when theory expects it at one place, over 1 + kappa, for each rule."""
+def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, fall: float) -> Path:
+    """Where u is when log u should have fallen by ``fall``, over 1 + kappa, for each rule."""
     figure, axes = _figure(width=7.0)
     lines: dict[str, list] = {}
     for row in rows:
@@ -124,7 +153,8 @@ def plot_collapse(rows: Sequence[Mapping[str, Any]], path: Path, *, expected: fl
         lines.setdefault(label, []).append((1 + row["kappa"], row["u"]))
     for label, points in lines.items():
         axes.plot(*np.transpose(points), "o-", markersize=4, label=label)
-    axes.axhline(expected, color="black", linewidth=0.8, linestyle=":", label="theory, small eta")
+    theory = f"theory for small eta: exp(-{fall:g}) = {math.exp(-fall):.4f}"
+    axes.axhline(math.exp(-fall), color="black", linewidth=0.8, linestyle=":", label=theory)
     axes.set_xscale("log")
     axes.set_ylim(0.5, 0.65)
     axes.set_xlabel("1 + kappa")

@@ -1,6 +1,7 @@
 """Train every combination of some values, each in a process of its own, and compare the ends."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -8,7 +9,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxlab import strict_yaml
 from jaxlab.config import identity_hash, load_config
-from jaxlab.errors import ConfigError, JaxlabError
-from jaxlab.tools.output import write_json
+from jaxlab.errors import ConfigError, Interrupted, JaxlabError
+from jaxlab.tools.output import short_names, short_values, write_json
 from jaxlab.training.guards import NotFiniteError
 from jaxlab.training.metrics import read_metrics
 
@@ -27,6 +28,9 @@ SEED = "seed"
 _METRIC = "validation_loss"
 # Steps at the end whose mean is the training loss of a run.
 _LAST_STEPS = 20
+_NO_EDGE = 10_000
+# Of a run's folder, so that an ending still fits what file systems allow.
+_NAME_LENGTH = 150
 
 
 class SweepError(JaxlabError):
@@ -41,14 +45,26 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Folder of the run."""
+        """Folder of the run: the values, and where a name cannot say them a hash of them too."""
         text = ",".join(f"{key}={value}" for key, value in self.values.items())
-        return "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in text)
+        name = "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in text)[:_NAME_LENGTH]
+        if name == text:
+            return name
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
     def overrides(self) -> list[str]:
         """As ``--set`` takes them."""
         return [f"{key}={value}" for key, value in self.values.items()]
+
+    @property
+    def plain_values(self) -> dict[str, Any]:
+        """As JSON files have them: numbers as numbers, anything else as it was given."""
+        return {key: _plain(value) for key, value in self.values.items()}
+
+    def record(self, out: Path) -> Path:
+        """The file in ``out`` that is there once the cell is done."""
+        return out / f"{self.name}.json"
 
 
 def cells_of(over: Sequence[str]) -> list[Cell]:
@@ -56,7 +72,7 @@ def cells_of(over: Sequence[str]) -> list[Cell]:
     axes: dict[str, list[str]] = {}
     for text in over:
         key, equals, values = text.partition("=")
-        parts = [value.strip() for value in values.split(",")]
+        parts = split_values(values)
         if not (key.strip() and equals and all(parts)):
             raise ConfigError(f"--over {text}: expected KEY=a,b,c, such as --over seed=0,1,2")
         if key.strip() in axes:
@@ -65,6 +81,30 @@ def cells_of(over: Sequence[str]) -> list[Cell]:
     return [
         Cell(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
+
+
+def split_values(text: str) -> list[str]:
+    """The parts of ``a,b,c``; a comma within brackets, braces or quotes parts nothing."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and parts[-1].rstrip()[-1:] in ("", *"[{,:"):
+            quote = letter  # within a word it is an apostrophe
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth -= 1
+        if letter == "," and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _plain(text: str) -> int | float | str:
+    value = strict_yaml.parse(text, text)
+    return value if type(value) in (int, float) and math.isfinite(value) else text
 
 
 def run_sweep(
@@ -81,7 +121,8 @@ def run_sweep(
 
     Runs lie in ``out`` (default: ``json_file`` without its ending). What is done is not done again,
     and a run that was interrupted goes on. Raises ConfigError for any cell before the first one is
-    trained, SweepError when one fails; a run that diverges is a result.
+    trained, SweepError when one fails, Interrupted with the number of cells that are done; a run
+    that diverges is a result.
     """
     out = out or json_file.with_suffix("")
     if out == json_file:
@@ -89,12 +130,16 @@ def run_sweep(
     cells = cells_of(over)
     rows = []
     found = run_cells(config, cells, out=out, overrides=overrides, workers=workers)
-    for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
-        rows.append(row)
-        result = _result(config, over, overrides, rows)
-        write_json(json_file, result)
-        ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
-        report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
+    try:
+        for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
+            rows.append(row)
+            result = _result(config, over, overrides, rows)
+            write_json(json_file, result)
+            ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
+            report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
+    except KeyboardInterrupt:
+        done = sum(cell.record(out).is_file() for cell in cells)
+        raise Interrupted(f"{done} of {len(cells)} cells are done") from None
     _print_table(result)
     from jaxlab.tools.plots import plot_sweep
 
@@ -116,7 +161,11 @@ def run_cells(
     Raises as ``run_sweep`` does; what already runs beside a cell that fails is waited for and kept.
     """
     # Every mistake is found now and not hours later.
-    hashes = [identity_hash(load_config(config, [*overrides, *c.overrides])) for c in cells]
+    names = [cell.name for cell in cells]
+    for cell in cells:
+        if names.count(cell.name) > 1:
+            raise ConfigError(f"{' '.join(cell.overrides)} is in the sweep twice")
+    hashes = [identity_hash(load_config(config, overrides, swept=c.overrides)) for c in cells]
 
     def one(cell: Cell, identity: str) -> dict[str, Any]:
         return run_cell(config, cell, out=out, overrides=overrides, identity=identity)
@@ -146,24 +195,23 @@ def run_cell(
 ) -> dict[str, Any]:
     """The result of one cell, trained now unless ``out`` has it already. Raises SweepError."""
     run, log = out / cell.name, out / f"{cell.name}.log"
-    done = out / f"{cell.name}.json"
+    done = cell.record(out)
     if done.is_file():
         known = json.loads(done.read_text(encoding="utf-8"))
         if known["identity"] != identity:
             raise SweepError(
                 f"{done}: was trained with another configuration; use another --out or remove it"
             )
-        return known["row"]
+        return {**known["row"], "set": cell.plain_values}
     out.mkdir(parents=True, exist_ok=True)
     settings = [*overrides, *cell.overrides]
     command = [sys.executable, "-m", "jaxlab.cli", "train", config, "--out", str(run)]
     command += ["--set", *settings] if settings else []
-    started = time.perf_counter()
     with open(log, "a", encoding="utf-8") as file:
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
-    row: dict[str, Any] = {"set": cell.values, "status": "done"}
+    row: dict[str, Any] = {"set": cell.plain_values, "status": "done"}
     if code == NotFiniteError.exit_code:
         row["status"] = "diverged"
     elif code != 0:
@@ -171,7 +219,6 @@ def run_cell(
         raise SweepError(f"{' '.join(cell.overrides)}: ended with {code}: {lines[-1]} (see {log})")
     else:
         row |= last_numbers(run)
-    row["seconds"] = round(time.perf_counter() - started, 1)
     write_json(done, {"identity": identity, "row": row})
     return row
 
@@ -217,7 +264,7 @@ def _result(config: str, over, overrides, rows: list[dict]) -> dict[str, Any]:
     }
 
 
-def _summary(values: dict[str, str], members: list[dict]) -> dict[str, Any]:
+def _summary(values: dict[str, Any], members: list[dict]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of the runs that did not diverge."""
     ends = [row[_METRIC] for row in members if row["status"] == "done"]
     return {
@@ -230,15 +277,17 @@ def _summary(values: dict[str, str], members: list[dict]) -> dict[str, Any]:
 
 
 def _print_table(result: dict[str, Any]) -> None:
+    keys = list(result["groups"][0]["set"])
+    texts = {key: short_values([group["set"][key] for group in result["groups"]]) for key in keys}
     table = Table()
-    for name in (*result["groups"][0]["set"], _METRIC, "runs", "diverged"):
-        table.add_column(name)
+    for name in (*short_names(keys).values(), _METRIC, "runs", "diverged"):
+        table.add_column(name, overflow="fold")
     for group in result["groups"]:
         mean, std = group["mean"], group["std"]
         text = "-" if mean is None else f"{mean:.4f}"
         text += "" if std is None else f" ± {std:.4f}"
-        mark = " *" if group["set"] == result["best"] else ""
-        table.add_row(
-            *group["set"].values(), text + mark, str(group["runs"]), str(group["diverged"])
-        )
-    Console().print(table)
+        text += " *" if group["set"] == result["best"] else ""
+        values = [texts[key][value] for key, value in group["set"].items()]
+        table.add_row(*values, text, str(group["runs"]), str(group["diverged"]))
+    # A file has no edge at which a line would have to be folded.
+    Console(width=None if sys.stdout.isatty() else _NO_EDGE).print(table)

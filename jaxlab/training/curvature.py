@@ -5,12 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxlab.config import IREConfig
-from jaxlab.optim.curvature import random_ranks
+from jaxlab.optim.curvature import mean_over_draws, random_ranks, squared
 from jaxlab.training.losses import cross_entropy_sum, sampled_targets
-from jaxlab.training.step import Batch, BatchCurvature, SequenceFormat, sum_over_parts
+from jaxlab.training.step import (
+    Batch,
+    BatchCurvature,
+    SequenceFormat,
+    loss_sum,
+    sum_over_parts,
+)
 
 
 def batch_curvature(
@@ -33,8 +39,9 @@ def batch_curvature(
 
         def of_part(part: tuple[Array, Batch]) -> PyTree:
             key, batch = part
-            loss = _sampled_loss if config.curvature == "sampled-labels" else _given_loss
-            return jax.grad(loss)(params, jnp.reshape(key, ()), graphdef, form, batch)
+            if config.curvature == "empirical":
+                return jax.grad(loss_sum)(params, graphdef, form, batch)
+            return jax.grad(sampled_loss_sum)(params, jnp.reshape(key, ()), graphdef, form, batch)
 
         total = sum_over_parts(of_part, (keys, batch), parts)
         weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
@@ -44,13 +51,10 @@ def batch_curvature(
         if config.draws == 1:
             return gradient(params, key, batch)
 
-        def add(total: PyTree, key: Array) -> tuple[PyTree, None]:
-            found = gradient(params, key, batch)
-            return jax.tree.map(lambda t, g: t + jnp.square(g), total, found), None
+        def of_one(key: Array) -> PyTree:
+            return jax.tree.map(squared, gradient(params, key, batch))
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, jax.random.split(key, config.draws))
-        return jax.tree.map(lambda t: jnp.sqrt(t / config.draws), total)
+        return jax.tree.map(jnp.sqrt, mean_over_draws(of_one, params, key, config.draws))
 
     return curvature
 
@@ -65,15 +69,11 @@ def share_of_rows(rows: int, accumulation: int, share: float) -> tuple[int, int]
     return parts * part, parts
 
 
-def _sampled_loss(params, key, graphdef, form: SequenceFormat, batch: Batch):
+def sampled_loss_sum(
+    params: PyTree, key: Array, graphdef: Any, form: SequenceFormat, batch: Batch
+) -> Float[Array, ""]:
+    """:func:`loss_sum` at tokens drawn from the model in place of the batch's."""
     decoder = nnx.merge(graphdef, params)
     hidden, weights = form.hidden(decoder, batch), decoder.unembedding()
     drawn = sampled_targets(hidden, weights, key)
     return cross_entropy_sum(hidden, weights, drawn, batch["loss_mask"])
-
-
-def _given_loss(params, key, graphdef, form: SequenceFormat, batch: Batch):
-    del key  # the labels are those of the data
-    decoder = nnx.merge(graphdef, params)
-    hidden = form.hidden(decoder, batch)
-    return cross_entropy_sum(hidden, decoder.unembedding(), batch["tokens"], batch["loss_mask"])

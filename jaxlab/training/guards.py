@@ -2,11 +2,12 @@
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 from jaxlab.errors import JaxlabError
+from jaxlab.training_config import OptimizerConfig, StageConfig
 
 
 class NotFiniteError(JaxlabError):
@@ -49,14 +50,29 @@ class InterruptGuard:
         self.requested = True
 
 
-def check_finite(metrics: Mapping[str, Any], step: int) -> None:
-    """Raise NotFiniteError naming the first metric of ``step`` that is NaN or infinite."""
+def check_finite(metrics: Mapping[str, Any], step: int, advice: Callable[[], str]) -> None:
+    """Raise NotFiniteError naming the first metric of ``step`` that is NaN or infinite.
+
+    ``advice`` says what the user can do about it.
+    """
     for name, value in metrics.items():
         if isinstance(value, str | int) or value is None:
             continue
         if not math.isfinite(value):  # NumPy and JAX scalars count as well
             raise NotFiniteError(
-                f"{name} is {value} at step {step}: training has diverged; train into another "
-                "directory, with init_from set to this one to keep its last weights, and a lower "
-                "learning_rate, a longer warmup or a smaller clip_norm"
+                f"{name} is {value} at step {step}: training has diverged; {advice()}"
             )
+
+
+def divergence_advice(optimizer: OptimizerConfig, stage: StageConfig, stage_key: str) -> str:
+    """What to change in a run that diverged: only what it has, and what can be changed."""
+    rate = "optimizer" if optimizer.learning_rate is not None else stage_key
+    changes = [f"a lower {rate}.learning_rate"]
+    if optimizer.ire is not None and optimizer.ire.kappa > 0:
+        changes.insert(0, "a lower optimizer.ire.kappa")
+    if stage.schedule.name != "constant":
+        changes.append(f"a longer {stage_key}.schedule.warmup_steps")
+    clips = optimizer.clip_norm is not None
+    changes.append("a smaller optimizer.clip_norm" if clips else "optimizer.clip_norm=1")
+    *others, last = changes
+    return f"train into another directory with {', '.join(others)} or {last}"

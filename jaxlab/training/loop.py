@@ -17,7 +17,7 @@ from jaxlab.errors import CheckpointError, JaxlabError
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
 from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import make_optimizer
-from jaxlab.optim.ire import flat_fractions
+from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
@@ -28,7 +28,7 @@ from jaxlab.training.corpus import (
     stage_sources,
 )
 from jaxlab.training.curvature import batch_curvature
-from jaxlab.training.guards import InterruptGuard
+from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.metrics import (
     Goodput,
     MetricsWriter,
@@ -135,7 +135,7 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     for number, name in enumerate(names):
         stage, total = stages[name], offset + stages[name].steps
         if number > names.index(position["stage"]):
-            state = start_state(state.params, _optimizer(run.config, stage), seed=run.config.seed)
+            state = start_state(state.params, _optimizer(run.config, name), seed=run.config.seed)
             position = {"stage": name, "step": offset, "data": None}
         if name == position["stage"] and position["step"] < total:
             state, interrupted = run_stage(run, name, stage, state, position, offset=offset)
@@ -150,8 +150,8 @@ def _start(
     config: ExperimentConfig, checkpoints: Checkpoints, *, report: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]]:
     """State and position from the newest checkpoint, else from ``init_from``, else new."""
-    first, stage = next(iter(config.stages.named().items()))
-    template = _template(config, stage)
+    first = next(iter(config.stages.named()))
+    template = _template(config, first)
     if checkpoints.latest() is not None:
         return checkpoints.restore(template)
     if config.init_from is not None:
@@ -159,19 +159,26 @@ def _start(
         params = weights["params"]
     else:
         params = initial_parameters(config.model, config.seed)
-    state = start_state(params, _optimizer(config, stage), seed=config.seed)
+    state = start_state(params, _optimizer(config, first), seed=config.seed)
     return state, {"stage": first, "step": 0, "data": None}
 
 
-def _template(config: ExperimentConfig, stage: StageConfig) -> TrainState:
+def _template(config: ExperimentConfig, stage: str) -> TrainState:
     """Shapes of the state; the same in every stage, which all use one optimizer."""
     _, params = abstract_decoder(config.model)
     optimizer = _optimizer(config, stage)
     return jax.eval_shape(lambda p: start_state(p, optimizer, seed=config.seed), params)
 
 
-def _optimizer(config: ExperimentConfig, stage: StageConfig):
-    return make_optimizer(config.optimizer, stage, seed=config.seed)
+def _optimizer(config: ExperimentConfig, stage: str):
+    seed = _stage_seed(config, stage)
+    return make_optimizer(config.optimizer, config.stages.named()[stage], seed=seed)
+
+
+def _stage_seed(config: ExperimentConfig, stage: str) -> int:
+    """Of what is drawn in a stage and no other: the order of rows, the labels of a curvature."""
+    # By name, not by place: a control without warmup sees the rows in the same order.
+    return config.seed * 1000 + ("warmup", "continual").index(stage)
 
 
 def sequence_format(config: ExperimentConfig, corpus_tokenizer, *, memory: bool) -> SequenceFormat:
@@ -200,7 +207,7 @@ def run_stage(
     parts = {"graphdef": run.graphdef, "form": form, "accumulation": stage.accumulation}
     ire = config.optimizer.ire
     step_function = compile_train_step(
-        optimizer=_optimizer(config, stage),
+        optimizer=_optimizer(config, name),
         curvature=ire and batch_curvature(ire, **parts),
         **parts,
     )
@@ -218,6 +225,12 @@ def run_stage(
         place = {"stage": name, "step": offset + done, "data": batches.get_state()}
         run.checkpoints.save(offset + done, state, place, label=name if last else None)
 
+    def advice() -> str:
+        changes = divergence_advice(config.optimizer, stage, f"stages.{name}")
+        # What was saved is finite; without a save there is nothing to start from.
+        kept = run.checkpoints.latest() is not None
+        return changes + "; init_from set to this directory keeps its last weights" * kept
+
     tokens = stage.batch_size * config.data.sequence_length
     return run_steps(
         state,
@@ -228,7 +241,7 @@ def run_stage(
         training=training,
         guard=run.guard,
         goodput=run.goodput,
-        record=Recorder(writer.step, units=tokens, offset=offset),
+        record=Recorder(writer.step, units=tokens, offset=offset, advice=advice),
         evaluate=evaluate,
         save=save,
     )
@@ -238,8 +251,7 @@ def _batches(run: _Run, name: str, stage: StageConfig):
     sources, weights = stage_sources(
         run.config, run.corpus, memory=stage.memory, neighbourhood=run.neighbourhood
     )
-    # By name, not by place: a control without warmup sees the rows in the same order.
-    order = run.config.seed * 1000 + ("warmup", "continual").index(name)
+    order = _stage_seed(run.config, name)
     return training_iterator(sources, weights, batch_size=stage.batch_size, seed=order)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxlab.config import MemoryConfig
 from jaxlab.memory.write import as_slots, encode_references
 from jaxlab.models.decoder import Decoder, context_start, encode_preface
+from jaxlab.optim.flat_mask import flat_shares
 from jaxlab.training.losses import cross_entropy_sum, token_log_probabilities
 from jaxlab.training.state import TrainState
 from kernels_pallas.memory_attention import ChunkGrid
@@ -67,7 +68,8 @@ class SequenceFormat:
         )[0]
 
 
-def _loss_sum(params, graphdef, form: SequenceFormat, batch: Batch) -> Float[Array, ""]:
+def loss_sum(params: PyTree, graphdef: Any, form: SequenceFormat, batch: Batch) -> Float[Array, ""]:
+    """Sum of the next-token loss over the tokens that count."""
     decoder = nnx.merge(graphdef, params)
     hidden = form.hidden(decoder, batch)
     return cross_entropy_sum(hidden, decoder.unembedding(), batch["tokens"], batch["loss_mask"])
@@ -79,7 +81,7 @@ def _gradients(
     """Mean of the loss over the tokens that count, and its gradients, by micro-batches."""
 
     def gradient_of(part: Batch):
-        return jax.value_and_grad(_loss_sum)(params, graphdef, form, part)
+        return jax.value_and_grad(loss_sum)(params, graphdef, form, part)
 
     total, gradients = sum_over_parts(gradient_of, batch, accumulation)
     weight = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
@@ -126,13 +128,6 @@ def train_step(
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **flat_shares(opt_state)}
     params = optax.apply_updates(state.params, updates)
     return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
-
-
-def flat_shares(opt_state: PyTree) -> Metrics:
-    """What IRE found at its last refresh: the share of flat coordinates and of exact zeros."""
-    names = ("flat_fraction", "zero_fraction")
-    found = {name: optax.tree.get(opt_state, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -18,11 +18,20 @@ class Recorder:
     """Fetches the numbers of a step once the next one is on its way.
 
     ``write(done, numbers, speed)`` gets them as floats; ``speed`` is ``units`` (tokens, images) a
-    second, None for the first step of a call, which is compilation.
+    second, None for the first step of a call, which is compilation. ``advice`` says what to do when
+    they are not finite.
     """
 
-    def __init__(self, write: Callable[..., None], *, units: int, offset: int = 0):
+    def __init__(
+        self,
+        write: Callable[..., None],
+        *,
+        units: int,
+        advice: Callable[[], str],
+        offset: int = 0,
+    ):
         self._write, self._units, self._offset = write, units, offset
+        self._advice = advice
         self._mark: float | None = None
 
     def __call__(
@@ -32,7 +41,7 @@ class Recorder:
         if pending is not None:
             done, numbers = pending
             numbers = {key: float(value) for key, value in jax.device_get(numbers).items()}
-            check_finite(numbers, self._offset + done)
+            check_finite(numbers, self._offset + done, self._advice)
             now = time.perf_counter()
             speed = None if self._mark is None else self._units / (now - self._mark)
             self._mark = now

@@ -10,7 +10,7 @@ from typing import Any
 from jaxlab.config import load_config
 from jaxlab.data.facts import RELATIONS, draw_facts, prompt
 from jaxlab.data.sources import Document, load_documents, split_documents
-from jaxlab.errors import JaxlabError
+from jaxlab.errors import Interrupted
 from jaxlab.evaluation.facts import ANSWER_TOKENS, evaluate_facts
 from jaxlab.evaluation.perplexity import DocumentScores, gain, score_documents
 from jaxlab.inference.engine import Engine
@@ -35,14 +35,15 @@ TEXT_BYTES = 120_000
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run the demo in ``out``; an interrupted one goes on. Returns what ``report.json`` holds.
 
-    ``overrides`` change its configuration, such as ``optimizer.ire.kappa=1``.
+    ``overrides`` change its configuration, such as ``optimizer.ire.kappa=1``. Raises Interrupted
+    when training was stopped.
     """
     started = time.perf_counter()
     config = load_config(CONFIG, overrides)
     _headline("1/5  training in two stages (warmup without memory, continual with it)")
     result = train(config, out)
     if result.interrupted:
-        raise JaxlabError(f"interrupted at step {result.step}; the same command goes on from there")
+        raise Interrupted(f"step {result.step} is done; the same command goes on from there")
     model = load_model(out)
 
     _headline(f"2/5  writing a bank of fresh facts (seed {FACTS_SEED}) and asking about them")

@@ -18,16 +18,20 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxlab.config import save_yaml
 from jaxlab.optim import average_sam, refresh_flat_mask, sam, scale_flat_directions
 from jaxlab.tools.output import machine, write_json
 from jaxlab.tools.plots import plot_collapse, plot_paths
-from jaxlab.training.loop import TrainResult
+from jaxlab.training.loop import CONFIG_FILE, TrainResult
 from jaxlab.workloads.flat_toys_config import FlatToysConfig
 
 KAPPAS = (0.0, 90.0, 900.0, 9000.0)
 SMALL_STEP_KAPPAS = (0.0, 1.0, 4.0, 9.0, 19.0)
 # How far log u is to fall in the runs that measure a rate.
 FALL = 0.5
+FILES = ("flat_toys.json", "flat_toys_paths.png", "flat_toys_falls.png")
+# What a step sees of the loss, for the reader.
+SAMPLES = {"one": "one sample", "two": "two samples", "noise": "noisy gradient"}
 SEEDS = 128
 NOISE = 0.3
 
@@ -214,9 +218,11 @@ def run_flat_toys(out: Path) -> dict[str, Any]:
         "expected_fall": math.exp(-FALL),
         "machine": machine(),
     }
-    write_json(out / "flat_toys.json", result)
-    plot_paths(dict(zip(KAPPAS, paths, strict=True)), out / "flat_toys_paths.png")
-    plot_collapse(falls, out / "flat_toys_falls.png", expected=math.exp(-FALL))
+    table, picture_of_paths, picture_of_falls = (out / name for name in FILES)
+    write_json(table, result)
+    plot_paths(dict(zip(KAPPAS, paths, strict=True)), picture_of_paths)
+    named = [{**row, "problem": SAMPLES[row["problem"]]} for row in falls]
+    plot_collapse(named, picture_of_falls, fall=FALL)
     return result
 
 
@@ -224,12 +230,20 @@ def train_flat_toys(
     config: FlatToysConfig, run: str | Path, *, report: Callable[[str], None] = print
 ) -> TrainResult:
     """Run all problems into the directory ``run`` and tell what came out."""
-    result = run_flat_toys(Path(run))
+    run = Path(run)
+    result = run_flat_toys(run)
+    save_yaml(config, run / CONFIG_FILE)
     for row in result["descent"]:
         report(f"kappa {row['kappa']:<6g} u {row['u']:.6f}  trace {row['trace']:.6f}")
+    report(
+        f"predicted: u = exp(-{FALL}) = {result['expected_fall']:.4f} where log u was to fall by "
+        f"{FALL}, in steps that shrink with 1 + kappa"
+    )
     for row in result["falls"]:
         report(
-            f"{row['rule']:<12} eta {row['eta']:<5g} kappa {row['kappa']:<4g} {row['steps']:>7} "
-            f"steps  u {row['u']:.4f}  (predicted {result['expected_fall']:.4f})"
+            f"{row['rule']:<12} {SAMPLES[row['problem']]:<14} eta {row['eta']:<5g} "
+            f"rho {row['rho']:<5g} kappa {row['kappa']:<4g} {row['steps']:>7} steps  "
+            f"u {row['u']:.4f}"
         )
+    report("wrote " + "  ".join(str(run / name) for name in FILES))
     return TrainResult(0, config.workload, False, None)

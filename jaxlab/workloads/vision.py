@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from jaxlab.config import identity, identity_hash, load_config, save_yaml
 from jaxlab.data.images import ImageData, batches_in_order, load_images
 from jaxlab.data.pipeline import RandomAccess, Sample, training_iterator
-from jaxlab.errors import CheckpointError, ConfigError
+from jaxlab.errors import CheckpointError, ConfigError, DataError
 from jaxlab.evaluation.problems import Problem, classification_problem
 from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights, split_location
-from jaxlab.training.guards import InterruptGuard
+from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.loop import CONFIG_FILE, TrainResult
 from jaxlab.training.metrics import Goodput, MetricsWriter
 from jaxlab.training.steps import Recorder, run_steps
@@ -70,6 +70,17 @@ def read_images(config: VisionConfig) -> ImageData:
     )
 
 
+def _check_images(config: VisionConfig, data: ImageData) -> str:
+    """What was found. Raises DataError where it does not fill a batch."""
+    images, batch = len(data.train), config.stage.batch_size
+    if images < batch:
+        raise DataError(
+            f"{config.data.source}: {images} training images do not fill stage.batch_size {batch}: "
+            "lower it, raise data.limit or add images"
+        )
+    return f"{images} training and {len(data.test)} test images of {len(data.classes)} classes"
+
+
 def train_vision(
     config: VisionConfig, run: str | Path, *, report: Callable[[str], None] = print
 ) -> TrainResult:
@@ -81,6 +92,7 @@ def train_vision(
     run, goodput = Path(run), Goodput()
     with goodput.measure("init"):
         data = read_images(config)
+        report(f"{config.data.source}: {_check_images(config, data)}")
         model = vision_model(config, len(data.classes))
         checkpoints = Checkpoints(
             run,
@@ -158,7 +170,11 @@ class _Trainer:
             training=config.training,
             guard=self.guard,
             goodput=self.goodput,
-            record=Recorder(self._write, units=stage.batch_size),
+            record=Recorder(
+                self._write,
+                units=stage.batch_size,
+                advice=lambda: divergence_advice(config.optimizer, stage, "stage"),
+            ),
             evaluate=functools.partial(self._evaluate, logits),
             save=save,
         )
@@ -291,16 +307,18 @@ def vision_problem(
 ) -> Problem:
     """The plain cross-entropy of a run on ``examples`` training images, spread over all of them.
 
-    In float32 and with the trained batch statistics, so that the loss is a sum over images; what
-    does not fill a batch is left out.
+    In float32 and with the trained batch statistics, so that the loss is a sum over images;
+    ``examples`` is rounded down to whole batches.
     """
     loaded = load_vision(run, warn=warn)
     exact = dataclasses.replace(loaded.model, compute_dtype="float32")
     logits = compile_logits(loaded.config, exact)
     source = loaded.data.train_in_order
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).astype(int))
-    size = min(batch_size, len(chosen))
-    samples = [source[int(index)] for index in chosen[: len(chosen) // size * size]]
+    count = min(examples, len(source))
+    size = min(batch_size, count)
+    # Rounded before images are chosen: they are in order of class, and the last would be missing.
+    chosen = np.linspace(0, len(source) - 1, count // size * size).astype(int)
+    samples = [source[int(index)] for index in chosen]
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     batches = [
         tuple(jnp.stack([sample[key] for sample in part]) for key in ("images", "labels"))

@@ -12,6 +12,7 @@ from jaxlab.training_config import (
     StageConfig,
     TrainingConfig,
     fraction,
+    ire_starts,
     not_negative,
     positive,
     require,
@@ -95,8 +96,10 @@ class VisionConfig:
         )
         if self.start_loss is not None:
             require(ire is not None, "start_loss", "starts IRE, which optimizer.ire does not name")
-            once = "start_loss decides when IRE starts; leave this key out"
+            once = "start_loss decides when IRE starts; set this key to null"
             require(ire.start_step is None, "optimizer.ire.start_step", once)
+        else:
+            ire_starts(self.optimizer, {"stage": self.stage})
         self._fill_learning_rate()
 
     def _fill_learning_rate(self) -> None:

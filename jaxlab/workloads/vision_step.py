@@ -22,8 +22,8 @@ from jaxlab.data.augment import (
 from jaxlab.data.autoaugment import auto_augment
 from jaxlab.data.randaugment import rand_augment
 from jaxlab.models.vision import VisionModel
-from jaxlab.optim.curvature import random_ranks, sampled_label_fisher, sampled_label_gradient
-from jaxlab.training.step import flat_shares
+from jaxlab.optim.curvature import random_ranks, sampled_label_gradient, sampled_label_root_fisher
+from jaxlab.optim.flat_mask import flat_shares
 from jaxlab.workloads.vision_config import VisionConfig
 
 Batch = dict[str, Array]
@@ -123,9 +123,7 @@ def image_curvature(config: IREConfig, model: VisionModel) -> Callable[..., PyTr
             return jax.grad(lambda p: jnp.mean(cross_entropy(logits(p, images), labels)))(params)
         if config.draws == 1:
             return sampled_label_gradient(logits, params, key, images)
-        # Like the others the size of a gradient: IRE squares what it averages over refreshes.
-        fisher = sampled_label_fisher(logits, params, key, images, draws=config.draws)
-        return jax.tree.map(jnp.sqrt, fisher)
+        return sampled_label_root_fisher(logits, params, key, images, draws=config.draws)
 
     return curvature
 

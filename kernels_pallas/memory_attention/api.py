@@ -21,10 +21,14 @@ def _check(query, key, preface, slots, slot_valid, grid) -> None:
             f"query has {heads} heads and key has {kv_heads}: query heads must be a multiple"
         )
     for name, part in (("preface", preface), ("slots", slots)):
-        if part is not None and part[0].shape[-2:] != key.shape[-2:]:
+        if part is None:
+            continue
+        if part[0].shape[-2:] != key.shape[-2:]:
             raise ValueError(
                 f"{name} has heads x head_dim {part[0].shape[-2:]}, the context {key.shape[-2:]}"
             )
+        if {x.dtype for x in part} != {key.dtype}:
+            raise ValueError(f"{name} is {part[0].dtype}, the context {key.dtype}: cast it before")
     if (slots is None) != (slot_valid is None):
         raise ValueError("slots and slot_valid come together: one of the two is missing")
     if slots is not None and slot_valid.shape != slots[0].shape[:3]:
@@ -35,6 +39,14 @@ def _check(query, key, preface, slots, slot_valid, grid) -> None:
         raise ValueError(
             f"slots of {slots[0].shape[1]} chunks need grid=ChunkGrid(...) to say who reads which"
         )
+    if slots is not None and grid is not None and query.shape[1] == key.shape[1]:
+        # Behind a cache the first query's place is not known here.
+        needed = (max(query.shape[1] - 1 - grid.offset, 0)) // grid.length + 1
+        if slots[0].shape[1] < needed:
+            raise ValueError(
+                f"slots of {slots[0].shape[1]} chunks do not cover the {query.shape[1]} queries: "
+                f"chunks of {grid.length} tokens from {grid.offset} on make {needed}"
+            )
 
 
 def memory_attention(

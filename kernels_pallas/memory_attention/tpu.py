@@ -23,11 +23,20 @@ def unsupported(query, key, value, **_) -> str | None:
         return f"takes bfloat16 and float32, not {query.dtype}"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
-    # Keys, values, one of them transposed, and two sums in float32, all of one head, on chip.
-    held = key.shape[1] * (6 * query.dtype.itemsize + 8) * max(128, query.shape[3])
-    limit = attention_blocks(dispatch.target_chip()).vmem_bytes // 2
-    if held > limit:
-        return f"{key.shape[1]} keys of one head do not fit on chip ({held} of {limit} bytes)"
+    return _too_large(query.shape[2] // key.shape[2], key.shape[1], query.shape[3], query.dtype)
+
+
+def _too_large(group: int, keys: int, head_dim: int, dtype) -> str | None:
+    data = attention_blocks(dispatch.target_chip())
+    lanes, item = max(128, head_dim), jnp.dtype(dtype).itemsize
+    # Keys, values, one of them transposed, doubly buffered, and two sums in float32, of one kv
+    # head; queries and outputs of its query heads.
+    for what, held in (
+        (f"{keys} keys of one head", keys * (6 * item + 8) * lanes),
+        (f"{group} query heads to a kv head", 4 * group * data.query * item * lanes),
+    ):
+        if held > data.vmem_bytes // 2:
+            return f"{what} do not fit on chip ({held} of {data.vmem_bytes // 2} bytes)"
     return None
 
 

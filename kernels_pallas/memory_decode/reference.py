@@ -57,7 +57,7 @@ def memory_decode(
             query,
             keep(key),
             keep(value),
-            query_index=lengths[:, None].astype(jnp.int32) - 1,
+            start=lengths.astype(jnp.int32) - 1,
             preface=jax.tree.map(keep, preface),
             slots=jax.tree.map(keep, slots),
             slot_valid=slot_valid,

@@ -157,10 +157,19 @@ def test_a_folder_that_cannot_be_used_is_named_in_one_line(folder, spoil, messag
     [
         ("folder:/nowhere", "/nowhere: no such folder"),
         ("cifar10", "write 'folder:PATH' or 'tfds:NAME'"),
-        ("tfds:jaxlab_absent", "tfds build jaxlab_absent"),
+        ("tfds:jaxlab_absent", "Dataset jaxlab_absent not found; prepare it where .* correct the"),
+        (
+            "tfds:cifar10",
+            r"nothing is prepared in .*cifar10/.*; prepare .*`tfds build cifar10 --file",
+        ),
     ],
 )
-def test_a_source_that_is_not_there_is_an_error_that_says_what_to_do(spec, message):
+def test_a_source_that_is_not_there_is_an_error_that_says_what_to_do(
+    spec, message, tmp_path, monkeypatch
+):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     with pytest.raises(DataError, match=message):
         load_images(spec, image_size=8)
 

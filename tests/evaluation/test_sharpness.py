@@ -238,3 +238,16 @@ def test_the_fisher_trace_alone_is_that_of_the_whole_measurement(monkeypatch):
     assert value == whole.loss
     other, _ = sharpness.evaluate_fisher_trace("run", examples=12, draws=4, seed=4)
     assert other.value != trace.value
+
+
+def test_each_part_is_announced_and_a_model_that_is_certain_of_everything_is_doubted():
+    settings = dict(draws=2, eigenvalues=1, iterations=2)
+    lines = []
+    sharpness.measure_sharpness(PROBLEM, report=lines.append, **settings)
+    assert [line[:3] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert "12 predictions" in lines[0]
+    certain = dataclasses.replace(PROBLEM, params=jax.tree.map(lambda x: 1e3 * x, PARAMS))
+    lines = []
+    found = sharpness.measure_sharpness(certain, report=lines.append, **settings)
+    assert found.fisher_trace_error == 0 and found.fisher_trace < 1e-9
+    assert lines[1].startswith("warning: every draw of labels gave the same trace (")

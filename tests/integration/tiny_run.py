@@ -37,6 +37,7 @@ model:
 memory: {reference_length: 16, tokens_kept: 2, references_per_chunk: 2, candidates: 4}
 tokenizer: {vocab_size: 400}
 data: {source: CORPUS, sequence_length: 128, validation_fraction: 0.2, facts_fraction: 0.5}
+optimizer: {ire: {kappa: 1.0, start_step: 0, update_interval: 2, curvature_decay: 0.5}}
 stages:
   warmup: {steps: 2, batch_size: 2, learning_rate: 1.0e-2}
   continual: {steps: 3, batch_size: 2, learning_rate: 1.0e-2, memory: true}

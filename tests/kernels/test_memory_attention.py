@@ -314,6 +314,17 @@ OTHER = arrays(head_dim=6, kv_heads=2, queries=4, chunks=2, slots=3)
         (wrong(slots=None), GRID, "slots and slot_valid come together"),
         (wrong(slot_valid=np.ones((2, 2, 4), bool)), GRID, r"slots need \(2, 2, 3\)"),
         (wrong(), None, "slots of 2 chunks need grid"),
+        (
+            wrong(slots=tuple(x.astype(np.float16) for x in wrong()["slots"])),
+            GRID,
+            "slots is float16, the context float32",
+        ),
+        (
+            wrong(preface=tuple(x.astype(np.float16) for x in wrong()["preface"])),
+            GRID,
+            "preface is float16, the context float32",
+        ),
+        (wrong(), ChunkGrid(1, 2), "slots of 2 chunks do not cover the 4 queries: .* make 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(given, grid, message):

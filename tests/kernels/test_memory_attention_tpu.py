@@ -143,13 +143,14 @@ def test_what_no_query_may_see_is_never_read_into_a_result(start):
         ({"dtype": np.float16}, "takes bfloat16 and float32, not float16"),
         ({"value": np.float16}, "query, key and value differ in dtype: float32, float32, float16"),
         ({"keys": 1 << 17}, "131072 keys of one head do not fit on chip"),
+        ({"heads": 64}, "64 query heads to a kv head do not fit on chip"),
     ],
 )
 def test_asked_for_by_name_it_refuses_with_the_reason(changes, reason):
     dtype = changes.get("dtype", np.float32)
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     given = {
-        "query": shape((1, 4, 2, 16)),
+        "query": shape((1, 4, changes.get("heads", 2), 16)),
         "key": shape((1, changes.get("keys", 4), 1, 16)),
         "value": jax.ShapeDtypeStruct(
             (1, changes.get("keys", 4), 1, 16), changes.get("value", dtype)

@@ -97,7 +97,33 @@ def explicit_mesh(make: Callable[[], optax.GradientTransformationExtraArgs]) -> 
     return ", ".join(bad)
 
 
+def shard_map_equals_replicated(**settings) -> str:
+    """Each shard with a part of every leaf; the whole threshold, on the parts the whole mask."""
+    tree = {n: x for n, x in draw(0).items() if n != "s"}
+    axes = ("x", "y")
+    optimizer = ire(optax.sgd(0.1), 1.0, GAMMA, update_interval=1, **settings)
+    within = ire(optax.sgd(0.1), 1.0, GAMMA, update_interval=1, axis_name=axes, **settings)
+
+    def step(optimizer, tree):
+        updates, state = optimizer.update(tree, optimizer.init(tree), tree, curvature=tree)
+        state = state[1]
+        return updates, state.flat_mask, (state.flat_threshold, state.flat_fraction)
+
+    mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto, AxisType.Auto))
+    specs = {"b": P(axes), "w": P("x", "y")}
+    split = jax.shard_map(
+        lambda tree: step(within, tree), mesh=mesh, in_specs=(specs,), out_specs=(specs, specs, P())
+    )
+    ways = (jax.jit(split), lambda tree: step(optimizer, tree))
+    found = [jax.tree.map(np.asarray, way(tree)) for way in ways]
+    same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), *found)
+    return "" if all(jax.tree.leaves(same)) else str(same)
+
+
 LAWS = {
+    "shard_map": lambda: shard_map_equals_replicated(),
+    "shard_map_rank_zeros": lambda: shard_map_equals_replicated(rank_zeros=False),
+    "shard_map_average": lambda: shard_map_equals_replicated(curvature_decay=0.5, scope="tensor"),
     "global": lambda: sharded_equals_replicated(),
     "tensor": lambda: sharded_equals_replicated(scope="tensor"),
     "rank_zeros": lambda: sharded_equals_replicated(rank_zeros=False),

@@ -6,7 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.optim import average_sam, grad_power, ire, lite_muon, sam, scale_by_block
+from jaxlab.optim import (
+    average_sam,
+    grad_power,
+    ire,
+    lite_muon,
+    sam,
+    scale_by_block,
+    scale_flat_directions,
+)
 from jaxlab.optim.curvature import random_ranks
 
 DRAW = np.random.default_rng(0)
@@ -53,9 +61,18 @@ def test_the_parts_of_a_state_that_are_like_the_parameters_can_be_told(name):
     state = jax.eval_shape(optimizer.init, PARAMS)
     marked = optax.tree.map_params(optimizer, lambda _: "like", state)
     found = [x for x in jax.tree.leaves(marked) if isinstance(x, str)]
-    moments = dict(ire=3, ire_average=3, sam=1, average_sam=2, sam_ire=1, blockwise=2, grad_power=2)
-    if name in moments:
-        assert len(found) == moments[name] * len(PARAMS)
+    # Of each parameter; with LITE a matrix has momentum and ratio, any other AdamW's two moments.
+    parts = dict(
+        ire=3,
+        ire_average=3,
+        sam=1,
+        average_sam=2,
+        sam_ire=1,
+        blockwise=2,
+        grad_power=2,
+        lite_muon=2,
+    )
+    assert len(found) == parts[name] * len(PARAMS)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -115,3 +132,41 @@ def test_under_a_mask_that_leaves_leaves_out_the_tree_given_is_the_whole_one():
     assert sorted(set(ratio.ravel())) == [-2.0, -1.0]
     assert (ratio == -2.0).sum() == PARAMS["query"].size // 2
     np.testing.assert_array_equal(updates["scale"], PARAMS["scale"])
+
+
+def ranks(params, key, **_):
+    return random_ranks(params, key)
+
+
+def everything(tree):
+    return jax.tree.map(lambda _: True, tree)
+
+
+HYPERPARAMETERS = {
+    "one_link": lambda **given: optax.chain(
+        optax.sgd(0.01), optax.inject_hyperparams(scale_flat_directions)(**given)
+    ),
+    "around_a_base": lambda **given: optax.inject_hyperparams(ire)(optax.sgd(0.01), **given),
+    "given_estimator": lambda **given: optax.inject_hyperparams(
+        ire, static_args=("curvature", "param_mask")
+    )(optax.sgd(0.01), curvature=ranks, param_mask=everything, **given),
+}
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+@pytest.mark.parametrize("more", [{}, {"curvature_decay": 0.5, "start_step": 1}])
+def test_every_setting_may_be_a_hyperparameter_in_the_state(name, more):
+    """optax turns all numbers into arrays, traced ones within jit; defaults too."""
+    given = dict(kappa=2.0, gamma=0.6, update_interval=2, **more)
+    optimizer, plain = HYPERPARAMETERS[name](**given), ire(optax.sgd(0.01), **given)
+    trajectories = []
+    for one in (optimizer, plain):
+        update = jax.jit(lambda state, o=one: o.update(PARAMS, state, PARAMS, **EXTRA))
+        state, updates = jax.jit(one.init)(PARAMS), []
+        for _ in range(4):
+            update_, state = update(state)
+            updates.append(update_)
+        trajectories.append(updates)
+    ours, theirs = trajectories
+    assert (ours[-1]["query"] != ours[0]["query"]).any() or not more
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)

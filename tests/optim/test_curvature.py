@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.optim import curvature
+from jaxlab.optim import curvature, scale_flat_directions
 
 EXAMPLES, FEATURES, CLASSES = 6, 3, 4
 INPUTS = jnp.asarray(np.random.default_rng(0).standard_normal((EXAMPLES, FEATURES)), jnp.float32)
@@ -39,26 +39,55 @@ def loss(params, inputs, labels):
 
 
 @pytest.mark.parametrize(
-    "estimator", [curvature.sampled_label_fisher, curvature.per_example_fisher]
+    "estimator", [curvature.sampled_label_root_fisher, curvature.per_example_root_fisher]
 )
-def test_the_mean_over_draws_is_the_diagonal_of_gauss_newton(estimator):
+def test_the_mean_over_draws_is_the_root_of_the_diagonal_of_gauss_newton(estimator):
     found = jax.jit(lambda key: estimator(logits, PARAMS, key, INPUTS, draws=6000))(KEY)
-    assert distance(found) < 0.06
+    assert distance(jax.tree.map(jnp.square, found)) < 0.06
+
+
+ROOTS = {
+    "gradient": lambda p, x: curvature.sampled_label_gradient(logits, p, KEY, x),
+    "draws": lambda p, x: curvature.sampled_label_root_fisher(logits, p, KEY, x, draws=3),
+    "per_example": lambda p, x: curvature.per_example_root_fisher(logits, p, KEY, x),
+    "empirical": lambda p, x: curvature.empirical_root_fisher(loss, p, x, jnp.arange(6) % CLASSES),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_what_ranks_has_the_size_of_a_gradient_so_that_its_squares_can_be_averaged(name):
+    """Inputs a thousandth as large make gradients so, and averaged squares a millionth."""
+    at_zero = jax.tree.map(jnp.zeros_like, PARAMS)  # where inputs do not change the labels drawn
+    optimizer = scale_flat_directions(1.0, curvature_decay=0.5)
+    large, small = (
+        optimizer.update(
+            PARAMS, optimizer.init(PARAMS), PARAMS, curvature=ROOTS[name](at_zero, scale * INPUTS)
+        )[1].curvature_average["w"]
+        for scale in (1.0, 1e-3)
+    )
+    np.testing.assert_allclose(small, large * 1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_float32_stays_float32_where_float64_is_enabled(name):
+    with jax.enable_x64(True):
+        found = ROOTS[name](PARAMS, INPUTS)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
 def test_the_labels_of_the_data_in_place_of_drawn_ones_are_something_else():
     labels = jnp.asarray([0, 1, 2, 3, 0, 1])
-    found = curvature.empirical_fisher(loss, PARAMS, INPUTS, labels)
-    assert distance(jax.tree.map(lambda x: x * EXAMPLES, found)) > 0.3
+    found = curvature.empirical_root_fisher(loss, PARAMS, INPUTS, labels)
+    assert distance(jax.tree.map(lambda x: x**2 * EXAMPLES, found)) > 0.3
 
 
 def test_one_draw_squares_the_gradient_and_counts_the_labels():
     gradient = curvature.sampled_label_gradient(logits, PARAMS, KEY, INPUTS)
     (key,) = jax.random.split(KEY, 1)
-    fisher = curvature.sampled_label_fisher(logits, PARAMS, KEY, INPUTS)
+    fisher = curvature.sampled_label_root_fisher(logits, PARAMS, KEY, INPUTS)
     again = curvature.sampled_label_gradient(logits, PARAMS, key, INPUTS)
     jax.tree.map(
-        lambda f, g: np.testing.assert_allclose(f, EXAMPLES * g**2, rtol=1e-5), fisher, again
+        lambda f, g: np.testing.assert_allclose(f**2, EXAMPLES * g**2, rtol=1e-5), fisher, again
     )
     assert any(
         (a != b).any() for a, b in zip(*map(jax.tree.leaves, (gradient, again)), strict=True)

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlab.optim import FlatDirectionsState, ire, refresh_flat_mask, scale_flat_directions
+from jaxlab.optim import FlatDirectionsState, ire, refresh_flat_mask, sam, scale_flat_directions
+from jaxlab.optim.ire import _check_settings
 
 BASES = {
     "sgd": lambda rate: optax.sgd(rate),
@@ -229,12 +230,48 @@ def test_a_refresh_without_curvature_is_an_error_that_names_the_keyword():
         (dict(kappa=1.0, gamma=0.0), "gamma is 0.0"),
         (dict(kappa=1.0, gamma=1.5), "gamma is 1.5"),
         (dict(kappa=1.0, update_interval=0), "update_interval is 0"),
+        (dict(kappa=1.0, start_step=-1), "start_step is -1"),
         (dict(kappa=1.0, curvature_decay=1.0), "curvature_decay is 1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         scale_flat_directions(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(kappa="2"), "kappa is '2': it must be a number"),
+        (dict(kappa=None), "kappa is None"),
+        (dict(kappa=float("nan")), "kappa is nan"),
+        (dict(update_interval=2.5), "update_interval is 2.5"),
+    ],
+)
+def test_without_type_checks_the_same_place_refuses_what_is_no_number(settings, message):
+    with pytest.raises(ValueError, match=message):
+        _check_settings(**settings)
+
+
+def test_a_refresh_out_of_band_holds_the_share_to_the_same_rule():
+    state = ire(optax.sgd(0.1), 1.0, update_interval=None).init(PARAMS)
+    with pytest.raises(ValueError, match=r"gamma is 0\.0"):
+        refresh_flat_mask(state, CURVATURE, 0.0)
+
+
+def test_a_curvature_that_is_never_taken_is_an_error():
+    optimizer = ire(optax.sgd(0.1), 1.0, update_interval=None)
+    for given in (dict(curvature_fn=fixed), dict(curvature=CURVATURE)):
+        with pytest.raises(ValueError, match=r"say when with refresh=\.\.\."):
+            optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, **given)
+
+
+def test_a_curvature_function_that_would_see_a_part_is_refused_by_name():
+    mask = jax.tree.map(lambda _: True, PARAMS)
+    mask[next(iter(mask))] = False
+    optimizer = optax.masked(ire(optax.sgd(0.1), 1.0), mask)
+    with pytest.raises(ValueError, match=r"pass curvature=TREE with refresh"):
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, curvature_fn=fixed)
 
 
 def test_strength_and_share_may_be_hyperparameters_in_the_state():
@@ -281,3 +318,43 @@ def test_nothing_is_compiled_again():
         updates, state = step(params, state)
         params = optax.apply_updates(params, updates)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("way", ["refresh", "out_of_band"])
+def test_before_its_start_no_step_is_enlarged_however_the_mask_came(way):
+    interval = None if way == "out_of_band" else 10
+    optimizer = ire(optax.sgd(0.01), 5.0, 0.5, start_step=2, update_interval=interval)
+    base, state = optax.sgd(0.01), optimizer.init(PARAMS)
+    if way == "out_of_band":
+        state = refresh_flat_mask(state, CURVATURE, 0.5)
+    plain, _ = base.update(PARAMS, base.init(PARAMS))
+    for step in range(4):
+        extra = {} if interval is None else {"curvature": CURVATURE, "refresh": step == 0}
+        updates, state = optimizer.update(PARAMS, state, PARAMS, **extra)
+        assert state[1].flat_mask["w"].any()
+        expected = jax.tree.map(
+            lambda u, n, s=step: u * (1 + 5 * n * (s >= 2)), plain, state[1].flat_mask
+        )
+        close(updates, expected, rtol=1e-6)
+
+
+def test_an_estimator_is_given_those_extra_arguments_that_it_names():
+    """And all of them where it takes any."""
+    seen = {}
+
+    def plain(params, key):
+        return CURVATURE
+
+    def naming(params, key, *, batch):
+        seen["naming"] = batch
+        return CURVATURE
+
+    def any_of_them(params, key, **extra):
+        seen["any"] = sorted(extra)
+        return CURVATURE
+
+    extra = {"batch": 3, "grad_fn": gradient}
+    for estimator in (plain, naming, any_of_them):
+        optimizer = ire(sam(optax.sgd(0.01), 0.1), 1.0, curvature=estimator)
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, **extra)
+    assert seen == {"naming": 3, "any": ["batch", "grad_fn"]}

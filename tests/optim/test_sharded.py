@@ -38,3 +38,8 @@ def test_the_mask_lies_like_the_parameters(against):
 @pytest.mark.parametrize("which", ["ire", "average", "sam", "average_sam"])
 def test_on_a_mesh_with_explicit_axes_an_update_keeps_every_type(against, which):
     assert against[f"explicit_{which}"] == ""
+
+
+@pytest.mark.parametrize("settings", ["shard_map", "shard_map_rank_zeros", "shard_map_average"])
+def test_shards_that_know_their_axes_find_the_threshold_of_the_whole(against, settings):
+    assert against[settings] == ""

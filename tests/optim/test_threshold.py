@@ -1,5 +1,7 @@
 """The threshold of a whole pytree against a sort in numpy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,3 +91,22 @@ def test_a_traced_share_is_rounded_down_and_is_at_least_one():
     for share, expected in ((0.5, 500), (0.4999, 499), (1.0, 1000), (1e-6, 1)):
         high, low = threshold.share_of(jnp.float32(share), total)
         assert (int(high) << 16) + int(low) == expected
+
+
+@pytest.mark.parametrize("number", [2**24 + 3, 2**31 + 2**8 - 1, 2**36 + 2**13 - 1])
+def test_a_traced_share_of_a_count_that_float32_rounds_up_is_not_more_than_all(number):
+    total = tuple(map(jnp.asarray, threshold.count_of(number)))
+    assert float(threshold.as_float(total)) > number
+    high, low = threshold.share_of(jnp.float32(1.0), total)
+    assert (int(high) << 16) + int(low) == number
+
+
+def test_only_a_program_for_the_cpu_counts_in_one_reduction_of_several_operands():
+    """Which would be partitioned with gathers: a pod's program is compiled on one CPU too."""
+    leaf = jax.ShapeDtypeStruct((8, 4), jnp.float32)
+    traced = ranked.trace([leaf], threshold.count_of(5))
+    joined = re.compile(r"stablehlo\.reduce\([^)]*\), \(")
+    for platform, expected in (("cpu", True), ("tpu", False), ("cuda", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.reduce(" in text
+        assert bool(joined.search(text)) == expected, platform

@@ -53,13 +53,13 @@ def test_the_mean_of_squares_over_draws_is_that_of_the_plain_estimator():
     config = IREConfig(kappa=1.0, draws=2000)
     found = jax.jit(batch_curvature(config, **PARTS))(PARAMS, KEY, BATCH)
     plain = jax.jit(
-        lambda key: estimators.sampled_label_fisher(
+        lambda key: estimators.sampled_label_root_fisher(
             logits, PARAMS, key, BATCH["tokens"], draws=2000, weights=BATCH["loss_mask"]
         )
     )(KEY)
     count = float(BATCH["loss_mask"].sum())
     ours = np.concatenate([np.ravel(x) ** 2 * count for x in jax.tree.leaves(found)])
-    theirs = np.concatenate([np.ravel(x) for x in jax.tree.leaves(plain)])
+    theirs = np.concatenate([np.ravel(x) ** 2 for x in jax.tree.leaves(plain)])
     assert np.corrcoef(ours, theirs)[0, 1] > 0.995
     assert ours.sum() == pytest.approx(theirs.sum(), rel=0.03)
 

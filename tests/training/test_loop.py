@@ -20,7 +20,7 @@ from jaxlab.memory.write import as_slots, encode_references
 from jaxlab.models.attention import Slots
 from jaxlab.models.decoder import context_start, encode_preface
 from jaxlab.training.corpus import Corpus, stage_sources
-from jaxlab.training.loop import load_run, resolve_model, sequence_format
+from jaxlab.training.loop import _optimizer, load_run, resolve_model, sequence_format
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat, compile_train_step
 from tests.inference.small import small_tokenizer
@@ -149,3 +149,13 @@ def test_the_vocabulary_is_the_tokenizers_unless_the_model_names_one(config):
 def test_what_is_no_run_directory_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"is not a run directory \(it has no config.yaml\)"):
         load_run(tmp_path)
+
+
+def test_each_stage_and_each_seed_draws_labels_of_its_own_for_ire():
+    keys = set()
+    for seed in (0, 1):
+        config = load_config("configs/demo.yaml", ["optimizer.ire={kappa: 1.0}", f"seed={seed}"])
+        for stage in config.stages.named():
+            state = _optimizer(config, stage).init({"embedding": jnp.ones((2, 3))})
+            keys.add(optax.tree.get(state, "curvature_key").tobytes())
+    assert len(keys) == 4

@@ -1,5 +1,6 @@
 """Metrics, goodput, FLOPs and guards."""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,8 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.config import ModelConfig
-from jaxlab.training.guards import InterruptGuard, NotFiniteError, check_finite
+from jaxlab.config import IREConfig, ModelConfig, OptimizerConfig, ScheduleConfig, StageConfig
+from jaxlab.training.guards import (
+    InterruptGuard,
+    NotFiniteError,
+    check_finite,
+    divergence_advice,
+)
 from jaxlab.training.metrics import (
     Goodput,
     MetricsWriter,
@@ -145,8 +151,24 @@ def test_the_guard_does_nothing_outside_the_main_thread():
 
 
 def test_a_number_that_is_not_finite_stops_the_run_and_is_named():
-    check_finite({"loss": 1.0, "stage": "warmup", "rows": 3}, 5)
-    with pytest.raises(NotFiniteError, match="grad_norm is inf at step 6"):
-        check_finite({"loss": 1.0, "grad_norm": float("inf")}, 6)
+    check_finite({"loss": 1.0, "stage": "warmup", "rows": 3}, 5, str)
+    with pytest.raises(NotFiniteError, match="grad_norm is inf at step 6: .* diverged; do this"):
+        check_finite({"loss": 1.0, "grad_norm": float("inf")}, 6, lambda: "do this")
     with pytest.raises(NotFiniteError, match="loss is nan at step 7"):
-        check_finite({"loss": np.float32("nan")}, 7)
+        check_finite({"loss": np.float32("nan")}, 7, str)
+
+
+def test_the_advice_on_divergence_names_only_what_the_run_has():
+    constant = {"schedule": ScheduleConfig(name="constant")}
+    stage = StageConfig(steps=9, batch_size=1, learning_rate=1.0, **constant)
+    plain = OptimizerConfig(clip_norm=None)
+    assert divergence_advice(plain, stage, "stage") == (
+        "train into another directory with a lower stage.learning_rate or optimizer.clip_norm=1"
+    )
+    ire = OptimizerConfig(learning_rate=1.0, ire=IREConfig(kappa=1e30))
+    warm = dataclasses.replace(stage, schedule=ScheduleConfig())
+    assert divergence_advice(ire, warm, "stages.warmup") == (
+        "train into another directory with a lower optimizer.ire.kappa, "
+        "a lower optimizer.learning_rate, a longer stages.warmup.schedule.warmup_steps "
+        "or a smaller optimizer.clip_norm"
+    )

@@ -2,17 +2,29 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxlab.workloads.flat_toys import KAPPAS, SMALL_STEP_KAPPAS, run_flat_toys, small_step_end
+from jaxlab.config import load_config
+from jaxlab.errors import CheckpointError
+from jaxlab.evaluation.sharpness import evaluate_sharpness
+from jaxlab.training.loop import load_run
+from jaxlab.workloads.flat_toys import KAPPAS, SMALL_STEP_KAPPAS, small_step_end, train_flat_toys
+
+CONFIG = Path(__file__).parents[2] / "configs" / "flat_toys.yaml"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def told():
+    return []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, told):
     out = tmp_path_factory.mktemp("toys")
-    run_flat_toys(out)
+    train_flat_toys(load_config(CONFIG), out, report=told.append)
     return out
 
 
@@ -110,6 +122,17 @@ def test_noise_in_the_sharp_direction_drives_the_flat_one(result):
         assert row["v_rms"] ** 2 / (row["eta"] * 0.3**2) == pytest.approx(0.5, abs=0.03)
 
 
-def test_plots_are_written(folder):
+def test_plots_are_written_and_every_file_is_named(folder, told):
     for name in ("paths", "falls"):
         assert (folder / f"flat_toys_{name}.png").read_bytes().startswith(b"\x89PNG")
+    word, *named = told[-1].split()
+    assert word == "wrote" and sorted(map(Path, named)) == sorted(folder.glob("flat_toys*"))
+    assert any(line.startswith("predicted: u = exp(-0.5) = 0.6065") for line in told)
+    assert {"one sample", "two samples", "noisy gradient"} <= {line[13:27].strip() for line in told}
+
+
+def test_its_sharpness_is_refused_because_there_is_no_model(folder):
+    with pytest.raises(CheckpointError, match="is a run of flat-toys, which trains no model"):
+        evaluate_sharpness(folder)
+    with pytest.raises(CheckpointError, match="is a run of flat-toys, not of a language model"):
+        load_run(folder)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jaxlab.config import identity_hash, load_config
-from jaxlab.errors import CheckpointError, ConfigError
+from jaxlab.errors import CheckpointError, ConfigError, DataError
 from jaxlab.models.vision import PRESETS
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.training.guards import InterruptGuard, NotFiniteError
@@ -277,7 +277,9 @@ def unbroken(config, tmp_path_factory):
 def test_two_steps_and_two_after_an_interruption_equal_four(
     config, shared, unbroken, tmp_path, monkeypatch
 ):
-    result = train_vision(config, unbroken, report=lambda _: None)
+    lines = []
+    result = train_vision(config, unbroken, report=lines.append)
+    assert lines[0] == f"{config.data.source}: 15 training and 6 test images of 3 classes"
     assert (result.step, result.interrupted) == (4, False)
     with monkeypatch.context() as patch:
         patch.setattr(vision, "InterruptGuard", lambda: StopsAt(2))
@@ -320,6 +322,9 @@ def test_a_run_is_evaluated_as_it_was_at_its_end_and_by_a_plain_loop(config, sha
     trained = evaluate_vision(unbroken, split="train")
     assert (problem.n, trained.n) == (15, 15)
     assert total / problem.n == pytest.approx(trained.loss, rel=1e-5)
+    # The images of the folder are in order of class; 14 examples are rounded down to one batch.
+    labels = [labels for _, labels in vision_problem(unbroken, examples=14, batch_size=8).batches]
+    assert np.bincount(np.concatenate(labels)).tolist() == [3, 2, 3]
     batches = list(loaded.batches("train", 8))
     assert [int(batch["weights"].sum()) for batch in batches] == [8, 7]
 
@@ -332,9 +337,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(config, tmp_p
         return step
 
     monkeypatch.setattr(vision, "compile_vision_step", spoilt)
-    with pytest.raises(NotFiniteError, match="loss is nan at step 1"):
+    with pytest.raises(
+        NotFiniteError, match="loss is nan at step 1: .* lower .*ire.kappa"
+    ) as caught:
         train_vision(config, tmp_path, report=lambda _: None)
+    assert "init_from" not in str(caught.value)  # which this workload has not
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_fewer_images_than_a_batch_are_refused_before_anything_is_made(config, tmp_path):
+    stage = dataclasses.replace(config.stage, batch_size=16)
+    with pytest.raises(
+        DataError, match="15 training images do not fill stage.batch_size 16: lower"
+    ):
+        train_vision(dataclasses.replace(config, stage=stage), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -356,6 +373,7 @@ def test_the_configuration_knows_the_presets_that_there_are():
         ("optimizer.name=muon", "optimizer.name: muon is for the decoder's matrices"),
         ("stage.accumulation=2", "stage.accumulation: batch norm needs the batch in one piece"),
         ("start_loss=0.1", "optimizer.ire.start_step: start_loss decides when IRE starts"),
+        ("stage.steps=1", "ire.start_step: is 1 and stage.steps 1: IRE would never start;"),
         ("optimizer.learning_rate=0.2", "stage.learning_rate: is 0.1, and optimizer"),
         ("data.augmen=none", "data.augmen: unknown key; did you mean data.augment"),
     ],

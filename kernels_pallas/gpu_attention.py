@@ -27,7 +27,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 
 def visible_pairs(sizes: Sizes, queries: int) -> int:
-    """Pairs of query and key, one sequence, one head: context, preface and the slots of the band."""
+    """Pairs of query and key for one sequence and head: context, preface and the band's slots."""
     grid = ChunkGrid(sizes.chunk, sizes.band)
     chunks = int(grid.visible(jnp.arange(queries)[None], queries // sizes.chunk).sum())
     return causal_pairs(queries) + queries * sizes.preface + chunks * sizes.slots

@@ -41,16 +41,16 @@ def gpu_report(
     """
     if jax.default_backend() != platform:
         raise NoGPUError(
-            f"timing needs a GPU and jax runs on {jax.default_backend()} here: --static v5e v5p v6e "
-            "gives figures without one"
+            f"timing needs a GPU and jax runs on {jax.default_backend()} here: "
+            "--static v5e v5p v6e gives figures without one"
         )
     begin = time.perf_counter()
     plan = Plan(sizes.repetitions, sizes.run_seconds, begin + sizes.limit_seconds)
     machine = _machine()
     log(f"{machine['device']}, jax {machine['jax']}, driver {machine['driver']}")
     copy = contest({"copy": lambda: _copy_timer(sizes, plan)}, plan)["copy"]
-    bandwidth = 2 * sizes.copy_bytes / copy["seconds"] if "seconds" in copy else math.nan
-    log(f"copy: {bandwidth / 1e9:.0f} GB/s read and written")
+    bandwidth = 2 * sizes.copy_bytes / copy["seconds"] if "seconds" in copy else None
+    log(f"copy, bytes read and written a second: {bandwidth or copy['error']}")
 
     rows = []
     for make in _row_makers(sizes, plan, torch_device, bandwidth):
@@ -68,7 +68,7 @@ def gpu_report(
     }
 
 
-def _row_makers(sizes: Sizes, plan: Plan, torch_device: str, bandwidth: float):
+def _row_makers(sizes: Sizes, plan: Plan, torch_device: str, bandwidth: float | None):
     """Decoding is last: its kernel is the only one of our own, and a fault would end the run."""
     for queries, head_dim in sizes.attention:
         for backward in (False, True):
@@ -102,20 +102,18 @@ def _bytes_of(tree) -> int:
 
 def _decode_inputs(sizes: Sizes, batch: int, length: int, seed: int) -> dict:
     width = sizes.kv_heads * sizes.head_dim
-    shapes = {
-        "key": (batch, length, width),
-        "value": (batch, length, width),
-    }
+    cache = (batch, length, width)
     pairs = {"preface": (sizes.preface, width), "slots": (batch, sizes.decode_slots, width)}
     return {
-        **{name: normal(seed + at, *shape) for at, (name, shape) in enumerate(shapes.items())},
+        "key": normal(seed, *cache),
+        "value": normal(seed + 1, *cache),
         **{name: (normal(seed, *shape), normal(seed + 1, *shape)) for name, shape in pairs.items()},
         "slot_valid": jnp.ones((batch, sizes.decode_slots, sizes.kv_heads), jnp.bool_),
         "lengths": jnp.full((batch,), length, jnp.int32),
     }
 
 
-def _decode_row(sizes: Sizes, batch: int, length: int, plan: Plan, bandwidth: float) -> dict:
+def _decode_row(sizes: Sizes, batch: int, length: int, plan: Plan, bandwidth: float | None) -> dict:
     """Caches are full, and several are read in turn, so that they come from memory."""
     first = _decode_inputs(sizes, batch, length, 0)
     count = min(max(2, math.ceil(sizes.cold_bytes / _bytes_of(first))), sizes.most_caches)
@@ -144,7 +142,9 @@ def _decode_row(sizes: Sizes, batch: int, length: int, plan: Plan, bandwidth: fl
     for name, row in found.items():
         if "seconds" in row:
             row["floor_bytes"] = floors[", no slots" if "no slots" in name else ""]
-            row["share of copy bandwidth"] = row["floor_bytes"] / row["seconds"] / bandwidth
+            row["bytes_per_second"] = row["floor_bytes"] / row["seconds"]
+            if bandwidth:
+                row["share of copy bandwidth"] = row["bytes_per_second"] / bandwidth
     key_value = first.pop("key"), first.pop("value")
     chosen = dispatch.choose(
         "memory_decode", decode_api.IMPLEMENTATIONS, None, (query, *key_value), first
@@ -213,9 +213,7 @@ def _dequantize_row(sizes: Sizes, plan: Plan) -> dict:
         *(normal(at, *shape).astype(jnp.float32) for at, shape in enumerate(tables))
     )
     bank = sizes.bank_slots, sum(codebook.widths)
-    banks = [
-        (jax.random.bits(jax.random.key(seed), bank, jnp.uint8), codebook) for seed in (0, 1)
-    ]
+    banks = [(jax.random.bits(jax.random.key(seed), bank, jnp.uint8), codebook) for seed in (0, 1)]
     shape = sizes.references, 2 * sizes.layers, sizes.kept, sizes.kv_heads
     index = jax.random.randint(jax.random.key(2), shape, 0, sizes.bank_slots, jnp.int32)
 
@@ -248,8 +246,11 @@ def aims(rows: list[dict]) -> list[dict]:
 
     def aim(row: dict, what: str, value: float | None, least: float, *, most: bool = False) -> None:
         if value is not None:
-            where = {k: row[k] for k in ("direction", "queries", "batch", "head_dim", "length")
-                     if k in row}
+            where = {
+                k: row[k]
+                for k in ("direction", "queries", "batch", "head_dim", "length")
+                if k in row
+            }
             reached = value <= least if most else value >= least
             found.append({"what": what, **where, "value": value, "aim": least, "reached": reached})
 
@@ -258,7 +259,7 @@ def aims(rows: list[dict]) -> list[dict]:
             least = 0.85 if row["direction"] == "forward" else 0.75
             aim(row, "speed over cudnn", row.get("speed over cudnn"), least)
             name = "temporary memory of xla over ours"
-            aim(row, name, row.get(name), 5)
+            aim(row, name, row.get(name), 5.0)
         elif row.get("op") == "memory_decode":
             name = "share of copy bandwidth"
             aim(row, name, row["contestants"]["ours"].get(name), 0.8)

@@ -102,11 +102,13 @@ _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL
 def read_kernels(dump: Path, name: str = "") -> list[Kernel]:
     """Every kernel whose name contains ``name`` in a directory that the compiler dumped into."""
     found = []
-    for program in sorted(dump.glob(f"*{name}*-final_bundles.txt")):
+    for program in sorted(dump.glob("*-final_bundles.txt")):
         parts = re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", program.name)
+        if not parts or name not in parts[1]:
+            continue
         usage = sorted(dump.glob(f"*-{parts[1]}-*-final_hlo-static-per-bundle-utilization.txt"))
         original = sorted(dump.glob(f"*-{parts[1]}-*-original.txt"))
-        if parts and usage and original and "schedule-analysis" not in program.name:
+        if usage and original:
             texts = (path.read_text() for path in (program, usage[-1], original[0]))
             found.append(_read_kernel(parts[1], *texts))
     return found

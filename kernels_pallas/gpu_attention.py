@@ -22,8 +22,8 @@ _GUESSED_FLOPS = 3e14
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Random numbers in bfloat16."""
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    """Random numbers of unit variance in bfloat16, from the generator that compiles fastest."""
+    return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.bfloat16)
 
 
 def visible_pairs(sizes: Sizes, queries: int) -> int:

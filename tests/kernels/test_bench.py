@@ -23,7 +23,7 @@ TINY = Sizes(
     band=2,
     slots=3,
     preface=2,
-    decode_batches=(1, 3),
+    decode_batches=(3,),
     decode_lengths=(8,),
     decode_slots=4,
     cold_bytes=0,
@@ -57,7 +57,6 @@ def test_report_has_a_row_for_every_comparison_and_a_line_for_every_row(report):
         ("memory_attention", "backward", 2),
         ("memory_select", None, None),
         ("memory_dequantize", None, None),
-        ("memory_decode", None, 1),
         ("memory_decode", None, 3),
     ]
     assert len(lines) == 2 + len(named)
@@ -81,7 +80,7 @@ def test_what_raises_is_recorded_and_the_others_are_timed(report):
 
 
 def test_figures_of_each_op_follow_from_its_seconds(report):
-    forward, backward, select, dequantize, decode, _ = report[0]["rows"]
+    forward, backward, select, dequantize, decode = report[0]["rows"]
     for row, each in ((forward, 4), (backward, 10)):
         ours, torch = row["contestants"]["ours"], row["contestants"]["torch"]
         pair = each * 16 * 4 * 2
@@ -93,9 +92,10 @@ def test_figures_of_each_op_follow_from_its_seconds(report):
         ours = row["contestants"]["ours"]
         assert ours["references_per_second"] == pytest.approx(4 / ours["seconds"])
     ours, bare = (decode["contestants"][name] for name in ("ours", "ours, no slots"))
-    # Keys and values of 2 heads of 16 in bfloat16, then the query and the result, and a length.
-    assert bare["floor_bytes"] == 2 * (8 + 2) * 32 * 2 + 2 * 4 * 16 * 2 + 4
-    assert ours["floor_bytes"] == bare["floor_bytes"] + 2 * 4 * 32 * 2 + 4 * 2
+    # Keys and values of 2 heads of 16 in bfloat16: three caches, one preface, three groups of slots
+    # with their validity; three queries, results and lengths.
+    assert bare["floor_bytes"] == 2 * (3 * 8 + 2) * 32 * 2 + 3 * (2 * 4 * 16 * 2 + 4)
+    assert ours["floor_bytes"] == bare["floor_bytes"] + 3 * (2 * 4 * 32 * 2 + 4 * 2)
     assert decode["time added by slots"] == pytest.approx(ours["seconds"] / bare["seconds"] - 1)
     bandwidth = report[0]["copy"]["bytes_per_second"]
     share = ours["floor_bytes"] / ours["seconds"] / bandwidth

@@ -311,7 +311,8 @@ def made_up_dump(folder):
         "12-my_kernel.1-71-schedule-analysis_final_bundles.txt": "total: 6",
         "12-my_kernel.1-69-final_hlo-static-per-bundle-utilization.txt": HEADER + "\n".join(USED),
         "12-my_kernel.1-02-original.txt": ORIGINAL,
-        "13-other-70-final_bundles.txt": PROGRAM,
+        "13-half-70-final_bundles.txt": PROGRAM,
+        "13-half-69-final_hlo-static-per-bundle-utilization.txt": HEADER + "\n".join(USED),
     }
     for name, text in files.items():
         (folder / name).write_text(text)

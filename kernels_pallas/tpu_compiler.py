@@ -15,12 +15,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from kernels_pallas.without_tpu import ENVIRONMENT
 
@@ -44,9 +44,12 @@ def mesh_of(chip: str, devices: int = 1) -> Mesh:
 
 
 def compile_for(
-    chip: str, function: Callable, *shapes: PyTree[jax.ShapeDtypeStruct], devices: int = 1
+    chip: str, function: Callable, *shapes: Any, devices: int = 1
 ) -> jax.stages.Compiled:
-    """``function`` compiled for one chip; ``shapes`` with a sharding keep it."""
+    """``function`` of trees of ``jax.ShapeDtypeStruct``, compiled for some chips of a kind.
+
+    Shapes with a sharding keep it; the others are whole on every chip.
+    """
     mesh = mesh_of(chip, devices)
 
     def placed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -99,11 +102,13 @@ _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL
 def read_kernels(dump: Path, name: str = "") -> list[Kernel]:
     """Every kernel whose name contains ``name`` in a directory that the compiler dumped into."""
     found = []
-    for program in sorted(dump.glob(f"*{name}*-final_bundles.txt")):
+    for program in sorted(dump.glob("*-final_bundles.txt")):
         parts = re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", program.name)
+        if not parts or name not in parts[1]:
+            continue
         usage = sorted(dump.glob(f"*-{parts[1]}-*-final_hlo-static-per-bundle-utilization.txt"))
         original = sorted(dump.glob(f"*-{parts[1]}-*-original.txt"))
-        if parts and usage and original and "schedule-analysis" not in program.name:
+        if usage and original:
             texts = (path.read_text() for path in (program, usage[-1], original[0]))
             found.append(_read_kernel(parts[1], *texts))
     return found

@@ -1,7 +1,12 @@
 """The doctor's report."""
 
+import os
+import subprocess
+import sys
+
 from jaxlab.tools import doctor as module
 from jaxlab.tools.doctor import doctor
+from kernels_pallas.without_tpu import ENVIRONMENT
 
 
 def test_the_report_names_versions_devices_and_the_machine():
@@ -28,3 +33,17 @@ def test_devices_that_cannot_be_used_are_reported(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", broken)
     assert "devices: none can be used: no driver" in doctor()
+
+
+def test_the_tpu_s_library_is_silent_on_a_machine_without_one():
+    # As a user calls the command: nothing is set, and libtpu came with the dev extra.
+    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    ended = subprocess.run(
+        [sys.executable, "-m", "jaxlab.cli", "doctor"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0 and "devices: " in ended.stdout
+    assert "TPU" not in ended.stderr

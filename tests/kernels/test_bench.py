@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import bench, static_bench, timing, tpu_compiler, without_tpu
+from kernels_pallas import bench, static_bench, timing, tpu_compiler
 from kernels_pallas.gpu_attention import causal_pairs, visible_pairs
 from kernels_pallas.gpu_bench import aims, gpu_report
 from kernels_pallas.gpu_sizes import Sizes
@@ -374,32 +374,3 @@ def test_summary_sets_ours_against_the_best_public_kernel_of_chip_and_direction(
     ]
     assert found[0]["best_public"] == "jax (512, 512, 512)"
     assert found[0]["best_public_pass"] == 1000 and found[0]["pass_bundles"] == 900
-
-
-# A machine without a TPU
-
-
-@pytest.mark.parametrize(
-    ("libtpu", "files", "plugins", "given", "wanted"),
-    [
-        (True, [], False, None, "cpu"),
-        (True, [], False, "tpu", "tpu"),
-        (True, [], False, "", ""),
-        (True, ["accel0"], False, None, None),
-        (True, ["vfio/0"], False, None, None),
-        (True, [], True, None, None),
-        (False, [], False, None, None),
-    ],
-)
-def test_the_cpu_is_named_only_where_nothing_else_can_be_meant(
-    libtpu, files, plugins, given, wanted, tmp_path, monkeypatch
-):
-    installed = {"libtpu": libtpu, "jax_plugins": plugins}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed[name] or None)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: ())
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    environment = {} if given is None else {"JAX_PLATFORMS": given}
-    without_tpu.choose_cpu(environment, tmp_path)
-    assert environment.get("JAX_PLATFORMS") == wanted

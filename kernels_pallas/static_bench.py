@@ -88,8 +88,10 @@ def summary(rows: list[dict], peers: list[dict]) -> list[dict]:
         for direction, names in _COMPARED.items():
             backward = direction == "backward"
             theirs = [p for p in peers if p["chip"] == chip and p["backward"] == backward]
-            best = min(theirs, key=lambda row: row["pass_bundles"])
             for name in names:
+                if not theirs or (chip, name) not in ours:
+                    continue
+                best = min(theirs, key=lambda row: row["pass_bundles"])
                 bundles = ours[chip, name]["pass_bundles"]
                 found.append(
                     {

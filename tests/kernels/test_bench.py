@@ -339,7 +339,12 @@ def test_kernels_of_other_names_or_with_parts_missing_are_left_out(tmp_path):
 
 def test_summary_sets_ours_against_the_best_public_kernel_of_chip_and_direction():
     def ours(chip, case, bundles):
-        return {"chip": chip, "case": case, "pass_bundles": bundles}
+        return {
+            "op": "memory_attention",
+            "chip": chip,
+            "case": case,
+            "pass_bundles": bundles,
+        }
 
     def peer(chip, backward, bundles, source="tokamax"):
         return {

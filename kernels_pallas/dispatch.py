@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.blocks import short_name
+
 log = logging.getLogger(__name__)
 
 _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar(
@@ -23,7 +25,13 @@ def lowering_for(platform: str, chip: str = "") -> Iterator[None]:
 
     ``chip`` names the kind, such as v5e, whose block sizes are taken. A function that is traced
     within must not be called afterwards on another platform: the choice is part of the trace.
+
+    Raises ValueError for another platform, or a kind of TPU that is not known.
     """
+    if platform not in ("tpu", "gpu", "cpu"):
+        raise ValueError(f"platform is {platform!r}: there are tpu, gpu and cpu")
+    if platform == "tpu" and chip and not short_name(chip):
+        raise ValueError(f"chip is {chip!r}: v5e, v5p and v6e are known")
     token = _TARGET.set((platform, chip))
     try:
         yield
@@ -97,6 +105,10 @@ def choose(
             _log_once(op, candidate.name, tuple(reasons))
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
+    if requested is not None:
+        raise NotImplementedError(
+            f"{op}: asked for by name, {reasons[0]}; without implementation=... another is taken"
+        )
     raise NotImplementedError(
         f"{op}: no implementation takes these arguments: " + "; ".join(reasons)
     )

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,9 @@ def compile_for(
 ) -> jax.stages.Compiled:
     """``function`` of trees of ``jax.ShapeDtypeStruct``, compiled for some chips of a kind.
 
-    Shapes with a sharding keep it; the others are whole on every chip.
+    Shapes with a sharding keep it; the others are whole on every chip. Call it within
+    ``dispatch.lowering_for("tpu", chip)`` on a function that was not traced before: elsewhere this
+    machine's implementations are compiled, and no kernel.
     """
     mesh = mesh_of(chip, devices)
 
@@ -152,6 +155,7 @@ def dump_in_child(arguments: list[str], *, timeout: int = 900) -> tuple[str, Pat
         timeout=timeout,
     )
     if ended.returncode:
+        shutil.rmtree(dump)
         raise RuntimeError(f"{arguments} failed: " + "\n".join(ended.stderr.splitlines()[-8:]))
     return ended.stdout, dump
 

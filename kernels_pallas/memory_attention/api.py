@@ -1,5 +1,6 @@
 """The public function: checks its arguments, picks an implementation, calls it."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas import dispatch
@@ -15,6 +16,13 @@ IMPLEMENTATIONS = (
 
 
 def _check(query, key, value, preface, slots, slot_valid, grid) -> None:
+    for name, array in (("query", query), ("key", key)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} has {array.ndim} axes: batch, tokens, heads and head_dim")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query has batch x head_dim {query.shape[::3]}, key {key.shape[::3]}: they must agree"
+        )
     heads, kv_heads = query.shape[2], key.shape[2]
     if query.shape[1] > key.shape[1]:
         raise ValueError(
@@ -43,6 +51,8 @@ def _check(query, key, value, preface, slots, slot_valid, grid) -> None:
                 )
     if (slots is None) != (slot_valid is None):
         raise ValueError("slots and slot_valid come together: one of the two is missing")
+    if slots is not None and slots[0].shape[0] != query.shape[0]:
+        raise ValueError(f"slots has batch {slots[0].shape[0]}, query {query.shape[0]}")
     if slots is not None and slot_valid.shape != slots[0].shape[:3]:
         raise ValueError(
             f"slot_valid has shape {slot_valid.shape}, the slots need {slots[0].shape[:3]}"
@@ -58,6 +68,19 @@ def _check(query, key, value, preface, slots, slot_valid, grid) -> None:
             raise ValueError(
                 f"slots of {slots[0].shape[1]} chunks do not cover the {query.shape[1]} queries: "
                 f"chunks of {grid.length} tokens from {grid.offset} on make {needed}"
+            )
+
+
+def _check_places(query, key, start, segments) -> None:
+    wanted = {"start": (start, query.shape[:1])}
+    if segments is not None:
+        wanted["segments of the queries"] = segments[0], query.shape[:2]
+        wanted["segments of the keys"] = segments[1], key.shape[:2]
+    for name, (array, shape) in wanted.items():
+        if jnp.shape(array) != shape or not jnp.issubdtype(jnp.result_type(array), jnp.integer):
+            raise ValueError(
+                f"{name}: {jnp.result_type(array)} of shape {jnp.shape(array)}, integers of shape "
+                f"{shape} are needed"
             )
 
 
@@ -95,6 +118,7 @@ def memory_attention(
       NotImplementedError: the named implementation cannot take these arguments.
     """
     _check(query, key, value, preface, slots, slot_valid, grid)
+    _check_places(query, key, start, segments)
     kwargs = dict(
         start=start,
         preface=preface,

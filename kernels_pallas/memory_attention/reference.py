@@ -26,6 +26,10 @@ class ChunkGrid:
     band: int = 1
     offset: int = 1
 
+    def __post_init__(self):
+        if self.length < 1 or self.band < 1 or self.offset < 0:
+            raise ValueError(f"{self}: length and band must be at least 1, offset at least 0")
+
     def chunk_of(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
         """The chunk in which each context index lies."""
         return jnp.maximum(index - self.offset, 0) // self.length

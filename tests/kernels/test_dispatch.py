@@ -77,3 +77,9 @@ def test_the_arguments_decide():
     wide = Implementation("wide", lambda x: x, lambda x, *, limit: "no" if x > limit else None)
     assert choose("op", [wide, LAST], None, (3,), {"limit": 5}) is wide
     assert choose("op", [wide, LAST], None, (7,), {"limit": 5}) is LAST
+
+
+@pytest.mark.parametrize("target", [("cuda", ""), ("tpu", "v99")])
+def test_a_target_that_is_not_known_is_refused(target):
+    with pytest.raises(ValueError, match="are known|there are tpu"), lowering_for(*target):
+        pass

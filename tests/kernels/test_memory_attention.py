@@ -137,6 +137,12 @@ def test_slots_that_are_all_empty_change_nothing():
     np.testing.assert_allclose(attend(given, grid=GRID), attend(without), atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [dict(length=0), dict(band=0), dict(offset=-1)])
+def test_a_grid_that_cannot_be_is_refused(settings):
+    with pytest.raises(ValueError, match="length and band must be at least 1"):
+        ChunkGrid(**settings)
+
+
 def test_who_reads_which_chunk_written_out_by_hand():
     index = jnp.arange(8)[None]
     # `<s>` and three chunks: the band of training, where each chunk brings one reference.
@@ -316,6 +322,13 @@ OTHER = arrays(head_dim=6, kv_heads=2, queries=4, chunks=2, slots=3)
         (wrong(query=np.zeros((2, 4, 3, 4), np.float32)), GRID, "3 heads and key has 2"),
         (wrong(preface=OTHER["preface"]), GRID, r"preface has heads x head_dim \(2, 6\)"),
         (wrong(slots=OTHER["slots"]), GRID, r"slots has heads x head_dim \(2, 6\)"),
+        (wrong(query=np.zeros((2, 4, 4), np.float32)), GRID, "query has 3 axes"),
+        (wrong(query=np.zeros((2, 4, 4, 6), np.float32)), GRID, r"\(2, 6\), key \(2, 4\)"),
+        (wrong(query=np.zeros((3, 4, 4, 4), np.float32)), GRID, r"\(3, 4\), key \(2, 4\)"),
+        (wrong(start=np.zeros(3, np.int32)), GRID, r"start: int32 of shape \(3,\)"),
+        (wrong(start=np.zeros(2, np.float32)), GRID, "start: float32"),
+        (wrong(segments=(np.zeros((2, 4), int), np.zeros((2, 5), int))), GRID, "of the keys"),
+        (wrong(slots=tuple(x[:1] for x in wrong()["slots"])), GRID, "slots has batch 1, query 2"),
         (wrong(query=np.zeros((2, 5, 4, 4), np.float32)), GRID, "query has 5 tokens and key 4"),
         (wrong(value=np.zeros((2, 4, 1, 4), np.float32)), GRID, "value has shape"),
         (wrong(slot_valid=None), GRID, "slots and slot_valid come together"),

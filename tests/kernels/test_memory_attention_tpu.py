@@ -48,6 +48,11 @@ def assert_equals_the_definition(given, grid, run, blocks=small_blocks):
         )
 
 
+def in_dtype(given, dtype):
+    """The same arguments, their floating-point arrays in another type."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, given)
+
+
 def packed(given, lengths):
     """The same row as several documents."""
     numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -56,7 +61,7 @@ def packed(given, lengths):
 
 
 @settings(
-    max_examples=4,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     database=None,
@@ -70,9 +75,13 @@ def packed(given, lengths):
     head_dim=st.sampled_from([16, 42, 64, 80, 96, 128]),
     memory=st.sampled_from([(0, 0, None), (1, 40, None), (6, 8, BAND), (5, 40, OWN)]),
     preface=st.sampled_from([0, 3]),
+    documents=st.integers(1, 3),
+    dtype=st.sampled_from(["float32", "float32", "bfloat16"]),
     seed=st.integers(0, 99),
 )
-def test_drawn_shapes_equal_the_definition(queries, cached, heads, head_dim, memory, preface, seed):
+def test_drawn_shapes_equal_the_definition(
+    queries, cached, heads, head_dim, memory, preface, documents, dtype, seed
+):
     chunks, slots, grid = memory
     given = arrays(
         batch=2,  # each with its own start
@@ -86,7 +95,12 @@ def test_drawn_shapes_equal_the_definition(queries, cached, heads, head_dim, mem
         preface=preface,
         seed=seed,
     )
-    assert_equals_the_definition(given, grid, interpreted)
+    numbers = np.sort(np.random.default_rng(seed).integers(0, documents, queries + cached))
+    if documents > 1:
+        theirs = np.tile(numbers.astype(np.int32), (2, 1))
+        mine = np.stack([theirs[0, at : at + queries] for at in given["start"]])
+        given["segments"] = mine, theirs
+    assert_equals_the_definition(in_dtype(given, dtype), grid, interpreted)
 
 
 def test_the_shipped_block_sizes_equal_the_definition():
@@ -109,8 +123,7 @@ def test_every_kind_of_block_at_once_equals_the_definition(run):
 def test_a_long_row_of_bfloat16_equals_the_definition():
     given = arrays(batch=1, queries=400, head_dim=80, chunks=7, slots=8, kv_heads=1)
     given["start"][:] = 0
-    half = lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x  # noqa: E731
-    assert_equals_the_definition(jax.tree.map(half, given), BAND, interpreted)
+    assert_equals_the_definition(in_dtype(given, "bfloat16"), BAND, interpreted)
 
 
 def test_slots_that_are_all_missing_leave_plain_causal_attention():

@@ -11,7 +11,8 @@ from kernels_pallas import dispatch
 from kernels_pallas.blocks import AttentionBlocks, attention_blocks
 from kernels_pallas.memory_attention import plan
 from kernels_pallas.memory_attention.tpu_backward import backward
-from kernels_pallas.memory_attention.tpu_forward import Tiling, forward
+from kernels_pallas.memory_attention.tpu_common import Tiling
+from kernels_pallas.memory_attention.tpu_forward import forward
 
 _LP_SCHEDULER = {"XLA_TPU_FORCE_LP_LLO_SCHEDULER": True}
 _SUBLANES = 16  # rows of a tile of bfloat16

@@ -11,15 +11,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.memory_attention.tpu_forward import (
-    _NN,
-    _NT,
-    _TABLE,
+from kernels_pallas.memory_attention.tpu_common import (
     NEVER,
+    NN,
+    NT,
+    Place,
     Tiling,
+    causal_square,
     cut_mask,
     dot,
+    seen_keys,
     specs,
+    windows_of,
 )
 
 
@@ -35,15 +38,15 @@ class _Head:
 
         keys, values: (rows, H); keys_across: (H, rows). The gradient of the keys is not scaled.
         """
-        scores = dot(keys, self.query[columns], _NT) * self.tiling.scale
+        scores = dot(keys, self.query[columns], NT) * self.tiling.scale
         if mask is not None:
             scores = jnp.where(mask, scores, NEVER)
         weights = jnp.exp2(scores - self.lse[:, columns])
-        grad_weights = dot(values, self.grad_out[columns], _NT)
+        grad_weights = dot(values, self.grad_out[columns], NT)
         grad_scores = (weights * (grad_weights - self.delta[:, columns])).astype(keys.dtype)
-        grad_values = dot(weights.astype(keys.dtype), self.grad_out[columns], _NN)
-        grad_keys = dot(grad_scores, self.query[columns], _NN)
-        self.grad_query[:, columns] += dot(keys_across, grad_scores, _NN)
+        grad_values = dot(weights.astype(keys.dtype), self.grad_out[columns], NN)
+        grad_keys = dot(grad_scores, self.query[columns], NN)
+        self.grad_query[:, columns] += dot(keys_across, grad_scores, NN)
         return grad_keys, grad_values
 
 
@@ -73,20 +76,12 @@ def _diagonal(head: _Head, context: _Context, low) -> None:
     """The causal square of a block's own keys, by strips of the triangle's side."""
     size, side = head.tiling.block_q, head.tiling.triangle
     for row in range(0, size, side):
-        shape = (side, size - row)
-        mask = jax.lax.broadcasted_iota(jnp.int32, shape, 0) <= jax.lax.broadcasted_iota(
-            jnp.int32, shape, 1
-        )
-        context.visit(head, low + row, side, slice(row, size), mask)
+        context.visit(head, low + row, side, slice(row, size), causal_square(side, size - row))
 
 
 def _window(head: _Head, ref, index, first_head) -> None:
     """Preface and slots: each unit of queries its own window, summed over the heads."""
-    unit = head.tiling.unit
-    for number in range(head.tiling.block_q // unit):
-        columns = slice(number * unit, (number + 1) * unit)
-        bounds = ref["interval"][number].T
-        mask = (index[:, columns] >= bounds[:, :1]) & (index[:, columns] < bounds[:, 1:2])
+    for number, columns, mask in windows_of(head.tiling, ref["interval"], index):
         found = head.block(
             ref["window_keys"][number],
             ref["window_across"][number],
@@ -109,8 +104,7 @@ def _blocks(head: _Head, context: _Context, first, end, cut=None) -> None:
         if cut is not None:
             index, segments = cut
             mask = cut_mask(block, size, index, segments)
-            at = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-            seen = at <= index[:, -1:]
+            seen = seen_keys(block, size, index, axis=0)
         context.visit(head, block * size, size, slice(None), mask, seen)
         return 0
 
@@ -126,17 +120,14 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
     names += ["grad_window_keys", "grad_window_values"] * has_window
     names += ["query_sums", "key_sums", "value_sums"]
     ref = dict(zip(names, refs, strict=True))
-    batch, block, blocks = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
-    at = (batch * blocks + block) * _TABLE
-    first, whole_first, whole_end, end, diagonal = (table[at + n] for n in range(_TABLE))
-    low = start[batch] + block * tiling.block_q
-    index = tiling.index(start[batch], block)
+    place = Place.of(table, start, tiling)
+    index = place.index
     segments = (ref["mine"], ref["theirs"]) if has_segments else None
     sums = ref["key_sums"], ref["value_sums"]
     context = _Context(ref["key"], ref["key_across"], ref["value"], *sums)
     per_logit = tiling.head_dim**-0.5
 
-    @pl.when(block == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _():
         for part in sums:
             part[...] = jnp.zeros_like(part)
@@ -149,24 +140,24 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
         ref["query_sums"][...] = jnp.zeros_like(ref["query_sums"])
 
         # In one region, so that one fills the gaps that the other leaves.
-        @pl.when(diagonal > 0)
+        @pl.when(place.diagonal > 0)
         def _():
             if has_window:
                 _window(head, ref, index, number == 0)
-            _diagonal(head, context, low)
+            _diagonal(head, context, place.low)
 
         if has_window:
-            pl.when(diagonal == 0)(lambda: _window(head, ref, index, number == 0))
-        _blocks(head, context, first, whole_first, (index, segments))
-        _blocks(head, context, whole_first, whole_end)
-        _blocks(head, context, whole_end, end, (index, segments))
+            pl.when(place.diagonal == 0)(lambda: _window(head, ref, index, number == 0))
+        _blocks(head, context, place.first, place.whole_first, (index, segments))
+        _blocks(head, context, place.whole_first, place.whole_end)
+        _blocks(head, context, place.whole_end, place.end, (index, segments))
         scaled = ref["query_sums"][...] * per_logit
         ref["grad_query"][number] = scaled.astype(ref["grad_query"].dtype)
         return 0
 
     jax.lax.fori_loop(0, ref["query"].shape[0], one_head, 0)
 
-    @pl.when(block == blocks - 1)
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         ref["grad_key"][...] = (sums[0][...] * per_logit).astype(ref["grad_key"].dtype)
         ref["grad_value"][...] = sums[1][...].astype(ref["grad_value"].dtype)

@@ -6,9 +6,7 @@ scores of a block are made while the softmax of the block before is taken, so th
 and the vector unit work at once. See README.md of this folder.
 """
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,48 +14,22 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-NEVER = np.float32(
-    -1e30
-)  # the logit of what may not be seen: finite, so that no NaN comes of differences
-_LOG2E = math.log2(math.e)
-_NN = (((1,), (0,)), ((), ()))
-_NT = (((1,), (1,)), ((), ()))
+from kernels_pallas.memory_attention.tpu_common import (
+    NEVER,
+    NN,
+    NT,
+    Place,
+    Tiling,
+    causal_square,
+    cut_mask,
+    dot,
+    seen_keys,
+    specs,
+    windows_of,
+)
+
 _LEAST = np.float32(1e-30)
 _WINDOW = ("window_keys", "window_values", "interval")
-_TABLE = 5  # numbers of plan.Visits for each block of queries
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Static sizes of one call: blocks of queries and keys, units of a window, triangle's side.
-
-    ``queries`` and ``head_dim`` are those before padding.
-    """
-
-    block_q: int
-    block_k: int
-    unit: int
-    triangle: int
-    queries: int
-    head_dim: int
-
-    @property
-    def scale(self) -> float:
-        """What raw products are multiplied by to be logits to the base of two."""
-        return self.head_dim**-0.5 * _LOG2E
-
-    def index(self, start, block):
-        """Context indices of a block's queries, (1, block_q); padding repeats the last query's."""
-        lanes = jax.lax.broadcasted_iota(jnp.int32, (1, self.block_q), 1)
-        return start + jnp.minimum(block * self.block_q + lanes, self.queries - 1)
-
-
-def dot(x, y, dimensions):
-    """A matrix product with float32 sums; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def _partial_max(scores):
@@ -80,7 +52,7 @@ class _Head:
 
     def score(self, keys, buffer: int, rows: slice, columns: slice, mask=None):
         """Logits of some keys and queries into a scratch buffer; returns their partial maxima."""
-        scores = dot(keys, self.query[columns], _NT) * self.tiling.scale
+        scores = dot(keys, self.query[columns], NT) * self.tiling.scale
         if mask is not None:
             scores = jnp.where(mask, scores, NEVER)
         self.scratch[buffer][rows, columns] = scores
@@ -95,16 +67,14 @@ class _Head:
         self.maximum[:, columns] = maximum
         total = jnp.sum(weights.reshape(-1, 8, weights.shape[1]), axis=0)
         self.total[:, columns] = self.total[:, columns] * shrink + total
-        weighed = dot(values, weights.astype(values.dtype), _NN)
+        weighed = dot(values, weights.astype(values.dtype), NN)
         self.sums[:, columns] = self.sums[:, columns] * shrink[:1] + weighed
 
 
 def _score_diagonal(head: _Head, key, at, step: int):
     """Logits of one step of block_k keys of the diagonal; only squares on and above it."""
     size, side = head.tiling.block_q, head.tiling.triangle
-    square = jax.lax.broadcasted_iota(jnp.int32, (side, side), 0) <= jax.lax.broadcasted_iota(
-        jnp.int32, (side, side), 1
-    )
+    square = causal_square(side, side)
     found = []
     for row in range(0, head.tiling.block_k, side):
         column = step * head.tiling.block_k + row
@@ -144,14 +114,10 @@ def _diagonal(head: _Head, key, value, at) -> None:
 
 def _window(head: _Head, keys, values, interval, index) -> None:
     """Preface and slots: each unit of queries its own window."""
-    unit, found = head.tiling.unit, []
-    for number in range(head.tiling.block_q // unit):
-        columns = slice(number * unit, (number + 1) * unit)
-        bounds = interval[number].T  # (W, 8): entries along sublanes
-        mask = (index[:, columns] >= bounds[:, :1]) & (index[:, columns] < bounds[:, 1:2])
-        rows = slice(0, keys.shape[1])
-        found.append((columns, rows, head.score(keys[number], 0, rows, columns, mask)))
-    for number, (columns, rows, maxima) in enumerate(found):
+    rows, found = slice(0, keys.shape[1]), []
+    for number, columns, mask in windows_of(head.tiling, interval, index):
+        found.append((columns, head.score(keys[number], 0, rows, columns, mask)))
+    for number, (columns, maxima) in enumerate(found):
         head.absorb(maxima, values[number], 0, rows, columns)
 
 
@@ -178,17 +144,6 @@ def _whole(head: _Head, key, value, first, end, maxima) -> None:
         head.absorb(maxima[...], values(end - 1), 0, rows, columns)
 
 
-def cut_mask(block, size: int, index, segments):
-    """Which keys of a block the queries see, (keys, queries): causal, and of their document."""
-    at = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
-    mask = at <= index
-    if segments is not None:
-        mine, theirs = segments
-        own = theirs[:, pl.ds(pl.multiple_of(block * size, size), size)]
-        mask &= jnp.broadcast_to(own, (8, size)).T[:, :1] == mine[...]
-    return mask
-
-
 def _cut(head: _Head, key, value, first, end, index, segments) -> None:
     """Blocks that the mask cuts; what values hold that no query sees is not multiplied."""
     size, rows, columns = head.tiling.block_k, slice(0, head.tiling.block_k), slice(None)
@@ -197,9 +152,8 @@ def _cut(head: _Head, key, value, first, end, index, segments) -> None:
         here = pl.ds(pl.multiple_of(block * size, size), size)
         mask = cut_mask(block, size, index, segments)
         maxima = head.score(key[here], 0, rows, columns, mask)
-        at = block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         values = value[:, here]
-        values = jnp.where(at <= index[:, -1:], values, jnp.zeros_like(values))
+        values = jnp.where(seen_keys(block, size, index, axis=1), values, jnp.zeros_like(values))
         head.absorb(maxima, values, 0, rows, columns)
         return 0
 
@@ -212,11 +166,8 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
     names += ["mine", "theirs"] * has_segments
     names += ["out", "lse", "maximum", "total", "sums", "even", "odd", "maxima"]
     ref = dict(zip(names, refs, strict=True))
-    batch, block = pl.program_id(0), pl.program_id(2)
-    at = (batch * pl.num_programs(2) + block) * _TABLE
-    first, whole_first, whole_end, end, diagonal = (table[at + n] for n in range(_TABLE))
-    low = start[batch] + block * tiling.block_q
-    index = tiling.index(start[batch], block)
+    place = Place.of(table, start, tiling)
+    index = place.index
     segments = (ref["mine"], ref["theirs"]) if has_segments else None
     scratch = (ref["even"], ref["odd"])
 
@@ -228,17 +179,17 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
         window = [ref[name] for name in _WINDOW] + [index] if has_window else None
 
         # In one region, so that one fills the gaps that the other leaves.
-        @pl.when(diagonal > 0)
+        @pl.when(place.diagonal > 0)
         def _():
-            _diagonal(head, *context, low)
+            _diagonal(head, *context, place.low)
             if has_window:
                 _window(head, *window)
 
         if has_window:
-            pl.when(diagonal == 0)(lambda: _window(head, *window))
-        _cut(head, *context, first, whole_first, index, segments)
-        _whole(head, *context, whole_first, whole_end, ref["maxima"])
-        _cut(head, *context, whole_end, end, index, segments)
+            pl.when(place.diagonal == 0)(lambda: _window(head, *window))
+        _cut(head, *context, place.first, place.whole_first, index, segments)
+        _whole(head, *context, place.whole_first, place.whole_end, ref["maxima"])
+        _cut(head, *context, place.whole_end, place.end, index, segments)
         # Queries that are padding may have seen nothing.
         total = jnp.maximum(jnp.sum(ref["total"][...], axis=0, keepdims=True), _LEAST)
         ref["out"][number] = (ref["sums"][...] / total).astype(ref["out"].dtype)
@@ -246,30 +197,6 @@ def _kernel(table, start, *refs, tiling: Tiling, has_window: bool, has_segments:
         return 0
 
     jax.lax.fori_loop(0, ref["query"].shape[0], one_head, 0)
-
-
-def specs(tiling: Tiling, heads: int, keys: int, width: int, window: int, has_segments: bool):
-    """Block specs of the arguments that both directions read, in their order."""
-    units = tiling.block_q // tiling.unit
-    found = [
-        pl.BlockSpec(
-            (None, None, heads, tiling.block_q, width), lambda b, k, i, *_: (b, k, 0, i, 0)
-        ),
-        pl.BlockSpec((None, None, keys, width), lambda b, k, i, *_: (b, k, 0, 0)),
-        pl.BlockSpec((None, None, width, keys), lambda b, k, i, *_: (b, k, 0, 0)),
-    ]
-    if window:
-        found += [
-            pl.BlockSpec((None, None, units, window, width), lambda b, k, i, *_: (b, k, i, 0, 0)),
-            pl.BlockSpec((None, None, units, width, window), lambda b, k, i, *_: (b, k, i, 0, 0)),
-            pl.BlockSpec((None, units, 8, window), lambda b, k, i, *_: (b, i, 0, 0)),
-        ]
-    if has_segments:
-        found += [
-            pl.BlockSpec((None, 1, tiling.block_q), lambda b, k, i, *_: (b, 0, i)),
-            pl.BlockSpec((None, 1, keys), lambda b, k, i, *_: (b, 0, 0)),
-        ]
-    return found
 
 
 def forward(query, key, value, window, *, table, start, segments, tiling: Tiling, settings):

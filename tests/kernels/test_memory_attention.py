@@ -5,13 +5,13 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kernels_pallas.memory_attention import ChunkGrid, api, blocked, memory_attention
+from tests.kernels.users import spy_on, untyped
 
 
 def arrays(
@@ -265,15 +265,8 @@ def test_nothing_to_compute_gives_an_empty_result(shape):
 
 def chosen(given, monkeypatch):
     """The name of the implementation that is called when none is named."""
-    called = []
-    spies = [
-        api.dispatch.Implementation(
-            one.name, lambda *a, name=one.name, **k: called.append(name), one.unsupported
-        )
-        for one in api.IMPLEMENTATIONS
-    ]
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", tuple(spies))
-    with jaxtyping_off():
+    called = spy_on(api, monkeypatch)
+    with untyped():
         memory_attention(**given)
     return called
 
@@ -296,16 +289,6 @@ def test_blocks_asked_for_by_name_refuse_with_the_reason():
         attend(arrays(), implementation="blocked")
     with pytest.raises(ValueError, match=r"memory_attention: no implementation named 'flash'"):
         attend(arrays(), implementation="flash")
-
-
-class jaxtyping_off:
-    """The function as a user has it: without the type checks that the tests install."""
-
-    def __enter__(self):
-        jaxtyping.config.update("jaxtyping_disable", True)
-
-    def __exit__(self, *_):
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def wrong(**changes):
@@ -349,5 +332,5 @@ OTHER = arrays(head_dim=6, kv_heads=2, queries=4, chunks=2, slots=3)
     ],
 )
 def test_arguments_that_do_not_fit_are_named(given, grid, message):
-    with jaxtyping_off(), pytest.raises(ValueError, match=message):
+    with untyped(), pytest.raises(ValueError, match=message):
         memory_attention(**given, grid=grid)

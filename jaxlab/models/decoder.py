@@ -218,7 +218,9 @@ def encode_preface(decoder: Decoder, preface_ids: Int[Array, " P"]) -> Prefix:
     return Prefix(tuple(KeyValues(part.keys[:, 0], part.values[:, 0]) for part in cache.layers))
 
 
-def abstract_decoder(config: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, dict]:
+def abstract_decoder(
+    config: ModelConfig, mesh: Mesh | AbstractMesh | None = None
+) -> tuple[nnx.GraphDef, dict]:
     """Graph definition and parameter shapes (a nested dict): nothing is allocated.
 
     With a mesh of several devices the shapes have their shardings.

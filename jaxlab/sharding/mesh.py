@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlab.config import MeshConfig, ModelConfig
 from jaxlab.errors import ConfigError
@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def check_model_fits(mesh: Mesh, model: ModelConfig) -> None:
+def check_model_fits(mesh: Mesh | AbstractMesh, model: ModelConfig) -> None:
     """Raises ConfigError naming the first size of the model that an axis of the mesh cuts unevenly.
 
     A vocabulary of 0 is not known yet and passes.
@@ -87,7 +87,7 @@ def check_model_fits(mesh: Mesh, model: ModelConfig) -> None:
             )
 
 
-def check_batch_fits(mesh: Mesh, key: str, rows: int) -> None:
+def check_batch_fits(mesh: Mesh | AbstractMesh, key: str, rows: int) -> None:
     """Raises ConfigError when the rows of a micro-batch do not spread evenly over the mesh."""
     parts = math.prod(mesh.shape[axis] for axis in AXES[:3])
     if rows % parts:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxlab.typing import Array, PyTree
 
@@ -35,7 +35,7 @@ def spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if name is None else RULES[name] for name in names))
 
 
-def parameter_shardings(mesh: Mesh, abstract: PyTree) -> PyTree:
+def parameter_shardings(mesh: Mesh | AbstractMesh, abstract: PyTree) -> PyTree:
     """The sharding of each parameter: ``abstract`` is an nnx state with its metadata."""
     logical = nnx.to_pure_dict(nnx.get_partition_spec(abstract))
     return jax.tree.map(

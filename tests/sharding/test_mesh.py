@@ -89,6 +89,7 @@ def test_every_parameter_lies_where_the_golden_file_says(preset, update_golden):
     golden = {"mesh": dict(zip(AXES, MESHES[preset], strict=True)), "parameters": found}
     path = GOLDEN / f"{preset}.json"
     if update_golden:
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(golden, indent=1) + "\n")
     assert json.loads(path.read_text()) == golden
 

@@ -72,12 +72,15 @@ def is_spread(mesh: Mesh | AbstractMesh | None) -> bool:
     return mesh is not None and mesh.size > 1
 
 
+def axes_of(name: str) -> tuple[str, ...]:
+    """The axes of the mesh that cut an axis of this logical name."""
+    axes = RULES[name]
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def parts_of(mesh: Mesh | AbstractMesh, name: str) -> int:
     """Into how many parts a mesh cuts the axis of this logical name."""
-    axes = RULES[name]
-    return math.prod(
-        mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())
-    )
+    return math.prod(mesh.shape[axis] for axis in axes_of(name))
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -93,12 +96,3 @@ def constrain(x: Array, *names: str | None) -> Array:
         for name, size in zip(names, x.shape, strict=True)
     )
     return jax.lax.with_sharding_constraint(x, spec(*fitting))
-
-
-def rows_on_a_device(rows: int) -> int:
-    """How many of a batch's rows one group of devices has under the mesh in use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return rows
-    parts = parts_of(mesh, "batch")
-    return rows // parts if rows % parts == 0 else rows

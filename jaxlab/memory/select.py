@@ -3,9 +3,12 @@
 What receiving means, and how it is computed, is ``kernels_pallas.memory_select``.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlab.sharding.ops import by_device
 from kernels_pallas.memory_select import attention_received, memory_select
 
 __all__ = ["attention_received", "gather_tokens", "select_tokens"]
@@ -25,7 +28,13 @@ def select_tokens(
     Where fewer tokens are valid, the valid ones come first and the rest are to be masked by the
     caller. Indices are not differentiable: gradients pass through what is gathered with them.
     """
-    return memory_select(query, key, valid, kept=kept, selection=selection, pooling=pooling)
+    heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    return by_device(
+        functools.partial(memory_select, kept=kept, selection=selection, pooling=pooling),
+        {"query": query, "key": key, "valid": valid},
+        {"query": heads, "key": kv_heads, "valid": ("batch", None)},
+        ("batch", "kv_heads", None),
+    )
 
 
 def gather_tokens(

@@ -1,6 +1,7 @@
 """Grouped-query attention: projections here, the softmax in ``kernels_pallas.memory_attention``."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,32 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlab.models.layers import normal, project, rotate
+from jaxlab.sharding.ops import by_device
 from kernels_pallas.memory_attention import ChunkGrid, memory_attention
 from kernels_pallas.memory_decode import memory_decode
+
+# Axes of what the kernels read. Rows and kv heads need nothing of each other, so that on a mesh
+# each device calls the kernel, which XLA cannot cut, for those it has.
+READ_NAMES = {
+    "query": ("batch", None, "heads", None),
+    "key": ("batch", None, "kv_heads", None),
+    "value": ("batch", None, "kv_heads", None),
+    "start": ("batch",),
+    "preface": (None, "kv_heads", None),
+    "slots": ("batch", None, None, "kv_heads", None),
+    "slot_valid": ("batch", None, None),
+    "segments": ("batch", None),
+}
+# The cache is flat: a head of it is ``head_dim`` numbers of the last axis.
+DECODE_NAMES = {
+    "query": ("batch", "heads", None),
+    "key": ("batch", None, "kv_heads"),
+    "value": ("batch", None, "kv_heads"),
+    "lengths": ("batch",),
+    "preface": (None, "kv_heads", None),
+    "slots": ("batch", None, "kv_heads", None),
+    "slot_valid": ("batch", None),
+}
 
 
 class KeyValues(NamedTuple):
@@ -95,16 +120,20 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Joint softmax over preface, slots and context, then the output projection."""
         preface, slots = (_of_dtype(part, query.dtype) for part in (preface, slots))
-        out = memory_attention(
-            query,
-            context.keys,
-            context.values,
-            start=plan.index[:, 0],
-            preface=preface,
-            slots=slots,
-            slot_valid=plan.slot_valid if slots is not None else None,
-            grid=plan.grid if slots is not None else None,
-            segments=None if plan.segments is None else (plan.segments, plan.segments),
+        out = by_device(
+            functools.partial(memory_attention, grid=None if slots is None else plan.grid),
+            {
+                "query": query,
+                "key": context.keys,
+                "value": context.values,
+                "start": plan.index[:, 0],
+                "preface": preface,
+                "slots": slots,
+                "slot_valid": None if slots is None else plan.slot_valid,
+                "segments": None if plan.segments is None else (plan.segments, plan.segments),
+            },
+            READ_NAMES,
+            READ_NAMES["query"],
         )
         return project(out, self.output[...], inputs=2)
 
@@ -126,13 +155,19 @@ class Attention(nnx.Module):
             apart = KeyValues(*(part.reshape(*part.shape[:2], *heads) for part in cache))
             return self.read(query, apart, plan, preface=preface, slots=slots)
         preface, slots = (_of_dtype(part, query.dtype) for part in (preface, slots))
-        out = memory_decode(
-            query[:, 0],
-            *cache,
-            lengths=plan.index[:, 0] + 1,
-            preface=preface,
-            slots=None if slots is None else tuple(part[:, 0] for part in slots),
-            slot_valid=None if slots is None else plan.slot_valid[:, 0],
+        out = by_device(
+            memory_decode,
+            {
+                "query": query[:, 0],
+                "key": cache.keys,
+                "value": cache.values,
+                "lengths": plan.index[:, 0] + 1,
+                "preface": preface,
+                "slots": None if slots is None else tuple(part[:, 0] for part in slots),
+                "slot_valid": None if slots is None else plan.slot_valid[:, 0],
+            },
+            DECODE_NAMES,
+            DECODE_NAMES["query"],
         )
         return project(out[:, None], self.output[...], inputs=2)
 

@@ -4,6 +4,7 @@ XLA spreads what it can see into. A kernel it cannot; and where a loop adds up a
 sum over all devices in every turn. Such functions are given to each device apart.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +48,10 @@ def by_device(
     sizes: dict[str, int] = {}
     for argument, value in arguments.items():
         for leaf in jax.tree.leaves(value):
-            sizes |= {n: s for n, s in zip(names[argument], leaf.shape, strict=True) if n}
+            for name, size in zip(names[argument], leaf.shape, strict=True):
+                if name:
+                    # What divides all sizes of a name divides their greatest common divisor.
+                    sizes[name] = math.gcd(sizes.get(name, 0), size)
     # What only comes back has no size yet: the function has cut it.
     cut = cut_axes(**sizes)
 

@@ -185,7 +185,7 @@ def _forward(hidden, weights, targets, mask):
         if scattered:
             loss = jax.lax.psum(loss, scattered)
             columns = jax.lax.psum_scatter(columns, scattered, scatter_dimension=0, tiled=True)
-        return loss, jax.lax.psum(rows, over), columns
+        return [loss, jax.lax.psum(rows, over), columns]
 
     loss, rows, columns = by_device(
         on_device,

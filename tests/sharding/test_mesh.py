@@ -14,7 +14,8 @@ from jaxlab.models.decoder import abstract_decoder
 from jaxlab.models.presets import PRESETS
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.sharding.mesh import AXES, check_batch_fits, check_model_fits, make_mesh, mesh_sizes
-from jaxlab.sharding.rules import constrain, rows_on_a_device, spec
+from jaxlab.sharding.ops import cut_axes
+from jaxlab.sharding.rules import constrain, spec
 from jaxlab.training.state import abstract_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sharding"
@@ -115,6 +116,19 @@ def test_rows_are_spread_over_all_axes_but_tensor():
 
 def test_without_a_mesh_of_several_devices_nothing_is_constrained():
     x = jnp.ones((3, 2, 2))
-    assert constrain(x, "batch", "length", "width") is x and rows_on_a_device(3) == 3
+    assert constrain(x, "batch", "length", "width") is x
+    assert cut_axes(batch=4, vocab=4) == {"batch": (), "vocab": ()}
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         assert constrain(x, "batch", "length", "width") is x
+
+
+def test_names_that_share_an_axis_of_the_mesh_are_cut_together_or_not_at_all():
+    mesh = AbstractMesh((2, 1, 2, 4), AXES)
+    with jax.sharding.use_abstract_mesh(mesh):
+        rows = ("replica", "data", "fsdp")
+        assert cut_axes(batch=8, heads=8, kv_heads=4) == {
+            "batch": rows,
+            "heads": ("tensor",),
+            "kv_heads": ("tensor",),
+        }
+        assert cut_axes(batch=2, heads=8, kv_heads=2) == {"batch": (), "heads": (), "kv_heads": ()}

@@ -27,3 +27,9 @@ class Interrupted(JaxlabError):
     """The user stopped the work; the message says what is done and how it goes on."""
 
     exit_code = 130
+
+
+class WorkerError(JaxlabError):
+    """Another process of the run is missing or has failed: starting all of them again may do."""
+
+    exit_code = 77

@@ -1,0 +1,168 @@
+"""The processes of a run find their places, wait for each other and name who is missing."""
+
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from jaxlab.errors import ConfigError, WorkerError
+from jaxlab.sharding.multihost import Place, find_place, roll_call
+
+GIVEN = {
+    "JAXLAB_COORDINATOR": "pod-0:8476",
+    "JAXLAB_PROCESSES": "4",
+    "JAXLAB_PROCESS_ID": "3",
+}
+# Starts, then sums what each of its processes gives.
+CHILD = """
+from jaxlab.sharding.multihost import start
+place = start()
+import jax
+from jax.experimental import multihost_utils
+print(place.process, jax.device_count(), multihost_utils.process_allgather(place.process + 1).sum())
+"""
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def outcomes(*places: Place) -> list[str | None]:
+    """What each process that came says: None, or its error."""
+
+    def one(place: Place) -> str | None:
+        try:
+            roll_call(place)
+        except WorkerError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(places)) as threads:
+        return list(threads.map(one, places))
+
+
+def test_the_environment_gives_the_place():
+    assert find_place({}) is None
+    assert find_place(GIVEN) == Place("pod-0:8476", 4, 3, 300)
+    assert find_place(GIVEN | {"JAXLAB_START_TIMEOUT": "20"}).timeout == 20
+
+
+def test_a_slurm_job_gives_the_place_by_itself():
+    code = (
+        "from jaxlab.sharding.multihost import find_place\n"
+        "place = find_place({'JAXLAB_DISTRIBUTED': 'auto'})\n"
+        "print(place.coordinator.rpartition(':')[0], place.processes, place.process)"
+    )
+    slurm = {
+        "SLURM_JOB_ID": "12345",
+        "SLURM_NTASKS": "6",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NODELIST": "gpu[07-12]",
+    }
+    environment = os.environ | slurm | {"JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ended.stdout.split() == ["gpu07", "6", "5"], ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"JAXLAB_PROCESS_ID": "4"}, "JAXLAB_PROCESS_ID is 4 of 4"),
+        ({"JAXLAB_PROCESSES": "four"}, "JAXLAB_PROCESSES is 'four': a whole number"),
+        ({"JAXLAB_COORDINATOR": "pod-0"}, "JAXLAB_COORDINATOR is 'pod-0': it must be host:port"),
+        ({"JAXLAB_DISTRIBUTED": "auto"}, "'auto' beside JAXLAB_COORDINATOR"),
+        ({"JAXLAB_START_TIMEOUT": "0"}, "at least one second"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused_by_name(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        find_place(GIVEN | changes)
+
+
+def test_a_part_of_the_environment_names_what_is_lacking():
+    with pytest.raises(ConfigError, match="JAXLAB_PROCESS_ID not set beside"):
+        find_place({name: GIVEN[name] for name in list(GIVEN)[:2]})
+
+
+def test_all_go_on_when_all_are_there():
+    address = free_address()
+    assert outcomes(*(Place(address, 3, number, 20) for number in (2, 0, 1))) == [None] * 3
+
+
+def test_everyone_learns_who_did_not_come():
+    address = free_address()
+    said = outcomes(*(Place(address, 4, number, 1) for number in (0, 2)))
+    assert said[0] == said[1]
+    assert "of 4 processes did not come within 1 s: 1, 3 (there are 0 on" in said[0]
+
+
+def test_a_missing_process_0_is_named_by_the_others():
+    address = free_address()
+    (said,) = outcomes(Place(address, 2, 1, 1))
+    assert f"process 0 at {address} did not answer process 1 within 1 s" in said
+
+
+def test_one_number_taken_twice_is_refused():
+    address = free_address()
+    said = outcomes(*(Place(address, 3, number, 5) for number in (0, 1, 1)))
+    assert all("process 1 came twice" in each for each in said)
+
+
+def test_processes_that_count_differently_are_refused():
+    address = free_address()
+    said = outcomes(Place(address, 2, 0, 5), Place(address, 3, 1, 5))
+    assert all("counts 3 processes, process 0 2" in each for each in said)
+
+
+def test_a_stranger_on_the_port_does_not_stop_the_roll_call():
+    address = free_address()
+    host, _, port = address.rpartition(":")
+
+    def stranger(_: object) -> None:
+        for _ in range(100):
+            try:
+                with socket.create_connection((host, int(port)), timeout=1) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                return
+            except OSError:
+                continue
+
+    with ThreadPoolExecutor(1) as threads:
+        visit = threads.submit(stranger, None)
+        said = outcomes(Place(address, 2, 0, 20), Place(address, 2, 1, 20))
+        visit.result()
+    assert said == [None, None]
+
+
+def test_two_real_processes_become_one_run():
+    address = free_address()
+    common = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAXLAB_COORDINATOR": address,
+        "JAXLAB_PROCESSES": "2",
+        "JAXLAB_START_TIMEOUT": "60",
+    }
+    common.pop("XLA_FLAGS", None)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD],
+            env=common | {"JAXLAB_PROCESS_ID": str(number)},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    ended = [child.communicate() for child in children]
+    last = [out.splitlines()[-1].split() for out, _ in ended]
+    assert last == [["0", "4", "3"], ["1", "4", "3"]], ended

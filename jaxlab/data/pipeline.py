@@ -92,25 +92,23 @@ def training_iterator(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     transform: Transform | None = None,
     threads: int = 0,
 ) -> Any:
-    """An endless iterator over this process's share of batches, as dicts of stacked arrays.
+    """An endless iterator over batches, as dicts of stacked arrays.
 
-    Each source is shuffled anew in every epoch and the sources are mixed by ``weights``. The batch
-    of all processes, joined in their order, is the same for every ``process_count``. The iterator
-    is Grain's ``DatasetIterator``: ``get_state()`` gives a small JSON-able dict and
-    ``set_state(state)`` goes on from it exactly. ``transform`` changes samples with numbers drawn
-    for their place in this order; ``threads`` read ahead, for samples that are not in memory.
-    Raises DataError.
+    Each source is shuffled anew in every epoch and the sources are mixed by ``weights``. ``rows``
+    are the rows of each batch that are wanted, in that order: those of one process's devices; None:
+    all. The iterator is Grain's ``DatasetIterator``: ``get_state()`` gives a small JSON-able dict
+    and ``set_state(state)`` goes on from it exactly; it counts batches, and so is the same whatever
+    the rows. ``transform`` changes samples with numbers drawn for their place in this order;
+    ``threads`` read ahead, for samples that are not in memory. Raises DataError.
     """
     import grain
 
-    _check(sources, weights, batch_size=batch_size, seed=seed, process_count=process_count)
-    if not 0 <= process_index < process_count:
-        raise DataError(f"process_index is {process_index} of {process_count} processes")
+    rows = range(batch_size) if rows is None else rows
+    _check(sources, weights, batch_size=batch_size, seed=seed, rows=rows)
     orders = [
         grain.MapDataset.source(_Epochs(source, (seed, number)))
         for number, source in enumerate(sources)
@@ -119,10 +117,9 @@ def training_iterator(
     share = _Share(
         mixture if transform is None else _Drawn(mixture, transform, seed),
         batch_size=batch_size,
-        size=batch_size // process_count,
-        offset=batch_size // process_count * process_index,
+        rows=tuple(rows),
     )
-    batches = grain.MapDataset.source(share).batch(share.size, drop_remainder=True)
+    batches = grain.MapDataset.source(share).batch(len(share.rows), drop_remainder=True)
     # Of rows in memory threads would only add a delay between a state and what it stands for.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return iter(batches.to_iter_dataset(options))
@@ -174,19 +171,18 @@ class _Drawn:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """The samples of one process: ``size`` in a row out of every ``batch_size`` of the mixture."""
+    """The samples of one process: some rows out of every ``batch_size`` of the mixture."""
 
     mixture: Any
     batch_size: int
-    size: int
-    offset: int
+    rows: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.mixture) // self.batch_size * self.size
+        return len(self.mixture) // self.batch_size * len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        batch, place = divmod(index, self.size)
-        return self.mixture[batch * self.batch_size + self.offset + place]
+        batch, place = divmod(index, len(self.rows))
+        return self.mixture[batch * self.batch_size + self.rows[place]]
 
 
 def _check(
@@ -195,7 +191,7 @@ def _check(
     *,
     batch_size: int,
     seed: int,
-    process_count: int,
+    rows: Sequence[int],
 ) -> None:
     if not sources or len(sources) != len(weights):
         raise DataError(f"{len(sources)} sources with {len(weights)} weights: give one for each")
@@ -213,7 +209,7 @@ def _check(
             )
     if seed < 0:
         raise DataError(f"seed is {seed}: it must not be negative")
-    if batch_size <= 0 or process_count <= 0 or batch_size % process_count:
-        raise DataError(
-            f"batch_size {batch_size} does not divide among {process_count} processes: change it"
-        )
+    if batch_size <= 0:
+        raise DataError(f"batch_size is {batch_size}: it must be positive")
+    if not len(rows) or not all(0 <= row < batch_size for row in rows):
+        raise DataError(f"rows {list(rows)} of batches of {batch_size}: they count from 0")

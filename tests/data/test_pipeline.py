@@ -1,7 +1,7 @@
 """Laws of the order of training: every sample once an epoch, resume is equality, any host count."""
 
 import json
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -76,8 +76,8 @@ def two_sources():
     return [TextSamples(text_rows(7)), TextSamples(text_rows(5, first=100))]
 
 
-def iterator(batch_size=4, seed=3, weights=(0.75, 0.25), **process):
-    return training_iterator(two_sources(), weights, batch_size=batch_size, seed=seed, **process)
+def iterator(batch_size=4, seed=3, weights=(0.75, 0.25), rows=None):
+    return training_iterator(two_sources(), weights, batch_size=batch_size, seed=seed, rows=rows)
 
 
 def test_every_epoch_of_a_source_holds_each_sample_once_in_a_new_order():
@@ -121,14 +121,19 @@ def test_restoring_at_every_position_continues_the_unbroken_stream():
             assert json.dumps(restored.get_state()) == json.dumps(stream.get_state())
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_batches_of_all_processes_joined_are_the_batch_of_one(process_count):
-    parts = [
-        names(iterator(process_index=i, process_count=process_count), 8)
-        for i in range(process_count)
-    ]
-    joined = [list(chain(*shares)) for shares in zip(*parts, strict=True)]
-    assert joined == names(iterator(), 8)
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[3], [1, 0], [2]], [[0, 1, 2, 3]] * 2])
+def test_rows_of_a_batch_are_read_by_whom_they_concern(parts):
+    whole = names(iterator(), 8)
+    for rows in parts:
+        assert names(iterator(rows=rows), 8) == [[batch[row] for row in rows] for batch in whole]
+
+
+def test_the_position_of_some_rows_is_that_of_all():
+    one, all_rows, stream = iterator(rows=[2]), iterator(), iterator(rows=[1, 3])
+    batches(one, 5)
+    stream.set_state(json.loads(json.dumps(one.get_state())))
+    whole = names(all_rows, 8)[5:]
+    assert names(stream, 3) == [[batch[1], batch[3]] for batch in whole]
 
 
 def test_batches_stack_the_samples(references):
@@ -157,8 +162,9 @@ def test_what_cannot_be_iterated_is_an_error(references):
         ([plain, empty], [1.0, 1.0], {}, "source 1 holds no samples"),
         ([plain, with_references], [1.0, 1.0], {}, "must be alike"),
         ([plain], [1.0], {"seed": -1}, "seed is -1"),
-        ([plain], [1.0], {"process_count": 3}, "batch_size 4 does not divide among 3"),
-        ([plain], [1.0], {"process_index": 2, "process_count": 2}, "process_index is 2 of 2"),
+        ([plain], [1.0], {"batch_size": 0}, "batch_size is 0"),
+        ([plain], [1.0], {"rows": [1, 4]}, r"rows \[1, 4\] of batches of 4"),
+        ([plain], [1.0], {"rows": []}, r"rows \[\] of batches of 4"),
     ):
         with pytest.raises(DataError, match=message):
             training_iterator(sources, weights, **{"batch_size": 4, "seed": 0} | more)

@@ -20,6 +20,7 @@ from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
+from jaxlab.sharding.batches import BatchPlace
 from jaxlab.sharding.mesh import check_batch_fits, check_model_fits, make_mesh
 from jaxlab.sharding.rules import batch_sharding
 from jaxlab.training.checkpoint import Checkpoints, read_weights
@@ -231,7 +232,8 @@ def run_stage(
         curvature=ire and batch_curvature(ire, **parts),
         **parts,
     )
-    batches = _batches(run, name, stage)
+    place = BatchPlace(run.mesh, stage.batch_size)
+    batches = _batches(run, name, stage, place.rows)
     if position["data"] is not None:
         batches.set_state(position["data"])
     score = _Evaluator(run, form, stage)
@@ -261,19 +263,20 @@ def run_stage(
         training=training,
         guard=run.guard,
         goodput=run.goodput,
-        place=batch_sharding(run.mesh),
+        place=place,
         record=Recorder(writer.step, units=tokens, offset=offset, advice=advice),
         evaluate=evaluate,
         save=save,
     )
 
 
-def _batches(run: _Run, name: str, stage: StageConfig):
+def _batches(run: _Run, name: str, stage: StageConfig, rows: tuple[int, ...]):
     sources, weights = stage_sources(
         run.config, run.corpus, memory=stage.memory, neighbourhood=run.neighbourhood
     )
     order = _stage_seed(run.config, name)
-    return training_iterator(sources, weights, batch_size=stage.batch_size, seed=order)
+    size = stage.batch_size
+    return training_iterator(sources, weights, batch_size=size, seed=order, rows=rows)
 
 
 class _Evaluator:

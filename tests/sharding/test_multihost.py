@@ -17,13 +17,23 @@ GIVEN = {
     "JAXLAB_PROCESSES": "4",
     "JAXLAB_PROCESS_ID": "3",
 }
-# Starts, then sums what each of its processes gives.
+# Starts, puts its rows of a batch on a mesh that deals devices to processes in turn, and sums all.
 CHILD = """
 from jaxlab.sharding.multihost import start
 place = start()
 import jax
-from jax.experimental import multihost_utils
-print(place.process, jax.device_count(), multihost_utils.process_allgather(place.process + 1).sum())
+import numpy as np
+from jaxlab.config import MeshConfig
+from jaxlab.sharding.batches import BatchPlace
+from jaxlab.sharding.mesh import make_mesh
+first, second = jax.local_devices(process_index=0), jax.local_devices(process_index=1)
+in_turn = [first[0], second[0], first[1], second[1]]
+spread = BatchPlace(make_mesh(MeshConfig(data=2, fsdp=2), in_turn), 8)
+whole = np.arange(16, dtype=np.int32).reshape(8, 2) ** 2
+with jax.transfer_guard("disallow"):
+    batch = spread({"tokens": whole[list(spread.rows)]})
+weighted = jax.jit(lambda x: (x * np.arange(1, 17).reshape(8, 2)).sum())(batch["tokens"])
+print(place.process, jax.device_count(), *spread.rows, int(weighted))
 """
 
 
@@ -142,7 +152,7 @@ def test_a_stranger_on_the_port_does_not_stop_the_roll_call():
     assert said == [None, None]
 
 
-def test_two_real_processes_become_one_run():
+def test_two_real_processes_become_one_run_with_one_batch():
     address = free_address()
     common = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -164,5 +174,10 @@ def test_two_real_processes_become_one_run():
         for number in (0, 1)
     ]
     ended = [child.communicate() for child in children]
+    assert not any(child.returncode for child in children), ended
     last = [out.splitlines()[-1].split() for out, _ in ended]
-    assert last == [["0", "4", "3"], ["1", "4", "3"]], ended
+    weighted = str(sum(n**2 * (n + 1) for n in range(16)))
+    assert last == [
+        ["0", "4", "0", "1", "4", "5", weighted],
+        ["1", "4", "2", "3", "6", "7", weighted],
+    ], ended

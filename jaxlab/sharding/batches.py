@@ -1,0 +1,45 @@
+"""Batches on a mesh: which rows a process reads, and how they become arrays of all processes."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlab.sharding.rules import batch_sharding
+from jaxlab.typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlace:
+    """Where batches of ``size`` rows lie on a mesh."""
+
+    mesh: Mesh
+    size: int
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows that devices of this process hold, in rising order; each once."""
+        sharding = batch_sharding(self.mesh)
+        if sharding is None:
+            return tuple(range(self.size))
+        held = sharding.addressable_devices_indices_map((self.size,)).values()
+        return tuple(sorted({row for (part,) in held for row in range(self.size)[part]}))
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """The batch on the devices, from the arrays of this process's :attr:`rows`."""
+        sharding, rows = batch_sharding(self.mesh), self.rows
+        if len(rows) == self.size:
+            return jax.device_put(dict(batch), sharding)
+        at = {row: place for place, row in enumerate(rows)}
+
+        def spread(local: np.ndarray) -> Array:
+            shape = (self.size, *local.shape[1:])
+            parts = [
+                jax.device_put(local[[at[row] for row in range(self.size)[index[0]]]], device)
+                for device, index in sharding.addressable_devices_indices_map(shape).items()
+            ]
+            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+        return {name: spread(local) for name, local in batch.items()}

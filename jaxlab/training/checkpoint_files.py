@@ -106,14 +106,25 @@ def _hashed_files(directory: Path) -> list[Path]:
 
 
 def read_host(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The host state that this process saved."""
-    if manifest["processes"] != jax.process_count():
+    """The host state that this process saved; of another number of processes, what all saved.
+
+    Raises CheckpointError when those saved different ones: none of them is that of this process.
+    """
+    count = manifest["processes"]
+    if count == jax.process_count():
+        return _read_host_file(path, jax.process_index())
+    first, *others = (_read_host_file(path, number) for number in range(count))
+    if any(other != first for other in others):
         raise CheckpointError(
-            f"{path}: saved by {manifest['processes']} processes, this run has "
-            f"{jax.process_count()}; the order of the data depends on it, so resume with as many"
+            f"{path}: its {count} processes each saved a state of their own, and this run has "
+            f"{jax.process_count()}: resume with {count}"
         )
+    return first
+
+
+def _read_host_file(path: Path, process: int) -> dict[str, Any]:
     try:
-        return json.loads((path / f"host-{jax.process_index()}.json").read_text(encoding="utf-8"))
+        return json.loads((path / f"host-{process}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Damaged(f"host state cannot be read: {one_line(error)}") from None
 

@@ -7,18 +7,37 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError, WorkerError
 from jaxlab.sharding.multihost import Place, find_place, roll_call
+from jaxlab.training.checkpoint import Checkpoints
 
+# Starts, and saves an array that no process holds whole.
+SAVE = """
+import sys
+from jaxlab.sharding.multihost import start
+start()
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxlab.config import MeshConfig
+from jaxlab.sharding.mesh import make_mesh
+from jaxlab.training.checkpoint import Checkpoints
+cut = NamedSharding(make_mesh(MeshConfig()), PartitionSpec("fsdp"))
+weights = jax.jit(lambda: jnp.arange(16.0).reshape(8, 2), out_shardings=cut)()
+run = Checkpoints(sys.argv[1], keep=1, config_hash="a" * 64)
+run.save(3, {"weights": weights}, {"step": 3})
+"""
 GIVEN = {
     "JAXLAB_COORDINATOR": "pod-0:8476",
     "JAXLAB_PROCESSES": "4",
     "JAXLAB_PROCESS_ID": "3",
 }
 # Starts, puts its rows of a batch on a mesh that deals devices to processes in turn, and sums all.
-CHILD = """
+BATCH = """
 from jaxlab.sharding.multihost import start
 place = start()
 import jax
@@ -152,19 +171,19 @@ def test_a_stranger_on_the_port_does_not_stop_the_roll_call():
     assert said == [None, None]
 
 
-def test_two_real_processes_become_one_run_with_one_batch():
-    address = free_address()
+def run_two(code: str, *arguments: str) -> list[str]:
+    """Output of two processes of one run, with two devices each."""
     common = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
-        "JAXLAB_COORDINATOR": address,
+        "JAXLAB_COORDINATOR": free_address(),
         "JAXLAB_PROCESSES": "2",
         "JAXLAB_START_TIMEOUT": "60",
     }
     common.pop("XLA_FLAGS", None)
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD],
+            [sys.executable, "-c", code, *arguments],
             env=common | {"JAXLAB_PROCESS_ID": str(number)},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
@@ -175,9 +194,21 @@ def test_two_real_processes_become_one_run_with_one_batch():
     ]
     ended = [child.communicate() for child in children]
     assert not any(child.returncode for child in children), ended
-    last = [out.splitlines()[-1].split() for out, _ in ended]
+    return [out for out, _ in ended]
+
+
+def test_two_real_processes_become_one_run_with_one_batch():
+    last = [out.splitlines()[-1].split() for out in run_two(BATCH)]
     weighted = str(sum(n**2 * (n + 1) for n in range(16)))
     assert last == [
         ["0", "4", "0", "1", "4", "5", weighted],
         ["1", "4", "2", "3", "6", "7", weighted],
-    ], ended
+    ]
+
+
+def test_what_two_processes_save_one_restores_with_its_position(tmp_path):
+    run_two(SAVE, str(tmp_path))
+    template = {"weights": jnp.zeros((8, 2))}
+    restored, position = Checkpoints(tmp_path, keep=1, config_hash="a" * 64).restore(template)
+    np.testing.assert_array_equal(restored["weights"], np.arange(16).reshape(8, 2))
+    assert position == {"step": 3}

@@ -313,3 +313,12 @@ def test_moved_elements_and_exchanged_signs_change_an_arrays_checksum():
     signs = [x.at[0, i].multiply(-1).at[1, j].multiply(-1) for i in (1, 2) for j in range(3)]
     arrays = {str(i): array for i, array in enumerate([x, x[::-1], x.T, *signs])}
     assert len(set(array_checksums(arrays).values())) == len(arrays)
+
+
+def test_the_host_state_of_other_processes_is_read_when_all_saved_the_same(tmp_path):
+    for number, text in enumerate(['{"batch": 7}', '{"batch": 7}']):
+        (tmp_path / f"host-{number}.json").write_text(text)
+    assert checkpoint_files.read_host(tmp_path, {"processes": 2}) == {"batch": 7}
+    (tmp_path / "host-1.json").write_text('{"batch": 8}')
+    with pytest.raises(CheckpointError, match="its 2 processes each saved .* resume with 2"):
+        checkpoint_files.read_host(tmp_path, {"processes": 2})

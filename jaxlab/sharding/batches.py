@@ -1,7 +1,7 @@
 """Batches on a mesh: which rows a process reads, and how they become arrays of all processes."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ class BatchPlace:
     mesh: Mesh
     size: int
 
-    @property
+    @functools.cached_property
     def rows(self) -> tuple[int, ...]:
         """The rows that devices of this process hold, in rising order; each once."""
         sharding = batch_sharding(self.mesh)
@@ -27,11 +27,11 @@ class BatchPlace:
         held = sharding.addressable_devices_indices_map((self.size,)).values()
         return tuple(sorted({row for (part,) in held for row in range(self.size)[part]}))
 
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         """The batch on the devices, from the arrays of this process's :attr:`rows`."""
         sharding, rows = batch_sharding(self.mesh), self.rows
         if len(rows) == self.size:
-            return jax.device_put(dict(batch), sharding)
+            return jax.device_put(batch, sharding)
         at = {row: place for place, row in enumerate(rows)}
 
         def spread(local: np.ndarray) -> Array:

@@ -134,7 +134,7 @@ def _count(place: Place) -> None:
     hosts: dict[int, str] = {0: socket.gethostname()}
     heard: list[socket.socket] = []
     try:
-        listener = socket.create_server(("", port), backlog=place.processes, reuse_port=False)
+        listener = socket.create_server(("", port), backlog=place.processes)
     except OSError as error:
         raise WorkerError(
             f"process 0 cannot listen on port {port} of {host}: {error.strerror}; choose another "

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxlab.sharding.rules import axes_of, parts_of
+from jaxlab.sharding.rules import axes_of, is_spread, parts_of
 from jaxlab.typing import PyTree
 
 Names = tuple[str | None, ...]
@@ -24,7 +24,7 @@ def cut_axes(**sizes: int) -> dict[str, tuple[str, ...]]:
     when one of the sizes does not divide, none of them: () for those.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_spread(mesh):
         return dict.fromkeys(sizes, ())
     whole = {axes_of(name) for name, size in sizes.items() if size % parts_of(mesh, name)}
     return {name: () if axes_of(name) in whole else axes_of(name) for name in sizes}
@@ -42,8 +42,7 @@ def by_device(
     ``result`` those of what comes back: a tuple of names, or a list of such tuples. What is cut
     :func:`cut_axes` says; what it leaves whole is computed by all. An argument may be None.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_spread(jax.sharding.get_abstract_mesh()):
         return function(**arguments)
     sizes: dict[str, int] = {}
     for argument, value in arguments.items():

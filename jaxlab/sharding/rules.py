@@ -89,7 +89,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     An axis that the mesh does not divide (a batch of one) is left whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not is_spread(mesh):
         return x
     fitting = (
         None if name is None or size % parts_of(mesh, name) else name

@@ -22,7 +22,6 @@ from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.sharding.batches import BatchPlace
 from jaxlab.sharding.mesh import check_batch_fits, check_model_fits, make_mesh
-from jaxlab.sharding.rules import batch_sharding
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
     Corpus,
@@ -298,7 +297,7 @@ class _Evaluator:
             samples = None  # trained on facts alone: there is no text to evaluate with memory
         self._samples = samples
         self._batch = stage.batch_size // stage.accumulation
-        self._place = batch_sharding(run.mesh)
+        self._place = BatchPlace(run.mesh, self._batch)
         self._count = min(run.config.training.evaluate_rows, len(rows))
 
     def __call__(self, params) -> float | None:
@@ -312,7 +311,7 @@ class _Evaluator:
             blank = self._batch - len(part)
             part += [{**part[0], "loss_mask": np.zeros_like(part[0]["loss_mask"])}] * blank
             batch = {key: np.stack([sample[key] for sample in part]) for key in part[0]}
-            scores = jax.device_get(self._score(params, jax.device_put(batch, self._place)))
+            scores = jax.device_get(self._score(params, self._place(batch)))
             total -= float((scores * batch["loss_mask"]).sum())
             weight += float(batch["loss_mask"].sum())
         return total / max(weight, 1.0)

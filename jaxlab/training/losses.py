@@ -7,6 +7,7 @@ walks over its own rows and its part of the vocabulary, and what they found is s
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,14 @@ def _blocks(x: Array, block: int) -> Array:
     return x.reshape(batch, length // block, block, *x.shape[2:]).swapaxes(0, 1)
 
 
+def _map_blocks(function: Callable[..., Array], vocab: int, *arrays: Array) -> Array:
+    """``function`` of one block of positions after the other: a value for each position."""
+    batch, length = arrays[0].shape[:2]
+    block = _block_length(batch, length, vocab)
+    out = jax.lax.map(lambda parts: function(*parts), tuple(_blocks(x, block) for x in arrays))
+    return out.swapaxes(0, 1).reshape(batch, length)
+
+
 def _vocabulary_axes(vocab: int) -> tuple[str, ...]:
     """Axes of the mesh over which the vocabulary is cut; asked outside of what each device does."""
     return cut_axes(vocab=vocab)["vocab"]
@@ -69,14 +78,10 @@ def token_log_probabilities(
     over = _vocabulary_axes(weights.shape[1])
 
     def on_device(hidden, weights, targets):
-        batch, length = targets.shape
-        block = _block_length(batch, length, weights.shape[1])
+        def one(rows, wanted):
+            return _log_probabilities(rows, weights, wanted, over)[-1]
 
-        def one(args):
-            return _log_probabilities(args[0], weights, args[1], over)[-1]
-
-        out = jax.lax.map(one, (_blocks(hidden, block), _blocks(targets, block)))
-        return out.swapaxes(0, 1).reshape(batch, length)
+        return _map_blocks(one, weights.shape[1], hidden, targets)
 
     given = {"hidden": hidden, "weights": weights.astype(hidden.dtype), "targets": targets}
     return by_device(on_device, given, NAMES, ROWS)
@@ -89,15 +94,11 @@ def sampled_targets(
     over = _vocabulary_axes(weights.shape[1])
 
     def on_device(hidden, weights, uniform):
-        batch, length = uniform.shape
-        block = _block_length(batch, length, weights.shape[1])
+        def one(rows, numbers):
+            logits = jnp.matmul(rows, weights, preferred_element_type=jnp.float32)
+            return _drawn(logits, numbers, over)
 
-        def one(args):
-            logits = jnp.matmul(args[0], weights, preferred_element_type=jnp.float32)
-            return _drawn(logits, args[1], over)
-
-        out = jax.lax.map(one, (_blocks(hidden, block), _blocks(uniform, block)))
-        return out.swapaxes(0, 1).reshape(batch, length)
+        return _map_blocks(one, weights.shape[1], hidden, uniform)
 
     hidden, weights = jax.lax.stop_gradient((hidden, weights.astype(hidden.dtype)))
     # Drawn for all positions at once: the same numbers however blocks and devices are cut.
@@ -122,10 +123,9 @@ def _drawn(
     groups = mass.reshape(*rows, -1, width)
     upto = jnp.cumsum(jnp.sum(groups, axis=-1), axis=-1)
     aim, device = _device_of(uniform, upto[..., -1], over)
-    group = _first_above(upto, aim)
-    before = jnp.where(group > 0, _at(upto, jnp.maximum(group - 1, 0)), 0.0)
+    group, rest = _descend(upto, aim)
     chosen = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
-    inside = _first_above(jnp.cumsum(chosen, axis=-1), aim - before)
+    inside, _ = _descend(jnp.cumsum(chosen, axis=-1), rest)
     index = jnp.minimum(group * width + inside, vocab - 1)
     if not over:
         return index
@@ -140,22 +140,22 @@ def _device_of(
     if not over:
         return uniform * mass, jnp.zeros(mass.shape, jnp.int32)
     upto = jnp.cumsum(jax.lax.all_gather(mass, over, axis=-1), axis=-1)
-    aim = uniform * upto[..., -1]
-    device = _first_above(upto, aim)
-    before = jnp.where(device > 0, _at(upto, jnp.maximum(device - 1, 0)), 0.0)
-    return aim - before, device
+    device, aim = _descend(upto, uniform * upto[..., -1])
+    return aim, device
 
 
-def _first_above(
+def _descend(
     rising: Float[Array, "*rows N"], aim: Float[Array, "*rows"]
-) -> Int[Array, "*rows"]:
-    """Index of the first element above ``aim``; the last where rounding leaves none."""
+) -> tuple[Int[Array, "*rows"], Float[Array, "*rows"]]:
+    """Index of the first element above ``aim`` (the last where rounding leaves none), and what of
+    ``aim`` is left beyond the element before."""
     below = jnp.sum(rising <= aim[..., None], axis=-1)
-    return jnp.minimum(below, rising.shape[-1] - 1)
+    index = jnp.minimum(below, rising.shape[-1] - 1)
+    return index, aim - _at(rising, index - 1)
 
 
 def _at(values: Float[Array, "*rows N"], index: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The value at each index; 0 for an index that another device has."""
+    """The value at each index; 0 for one outside, such as an index that another device has."""
     inside = (index >= 0) & (index < values.shape[-1])
     found = jnp.take_along_axis(values, jnp.where(inside, index, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(inside, found, 0.0)
@@ -173,8 +173,8 @@ def cross_entropy_sum(
 
 
 def _forward(hidden, weights, targets, mask):
-    over = _vocabulary_axes(weights.shape[1])
-    axes = cut_axes(batch=len(targets), embed=weights.shape[0])
+    axes = cut_axes(batch=len(targets), embed=weights.shape[0], vocab=weights.shape[1])
+    over = axes["vocab"]
     # Devices with other rows each have a part of the gradient of the weights.
     scattered = tuple(axis for axis in axes["embed"] if axis in axes["batch"])
     summed = tuple(axis for axis in axes["batch"] if axis not in scattered)

@@ -8,8 +8,9 @@ import json
 import os
 from collections.abc import Callable
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from tests.eight_devices import ENVIRONMENT
+
+os.environ |= ENVIRONMENT
 
 import jax
 import jax.numpy as jnp

@@ -1,25 +1,14 @@
 """Laws of sharded parameters, found out once on eight devices in a process of its own."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.eight_devices import run_module
 
 
 @pytest.fixture(scope="module")
 def against() -> dict[str, str]:
     """What speaks against each statement."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.optim.on_eight_devices"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    return run_module("tests.optim.on_eight_devices")
 
 
 @pytest.mark.parametrize("settings", ["global", "tensor", "rank_zeros"])

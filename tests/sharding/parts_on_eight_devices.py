@@ -8,10 +8,9 @@ import json
 import os
 import re
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Eight devices that wait for each other need as many threads, and one program at a time.
-os.environ |= {"NPROC": "32", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
+from tests.eight_devices import ENVIRONMENT
+
+os.environ |= ENVIRONMENT
 
 import jax
 import jax.numpy as jnp

@@ -1,25 +1,13 @@
 """The loss on eight devices is that of one, and sums its gradient once."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.eight_devices import run_module
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.sharding.parts_on_eight_devices"],
-        cwd=Path(__file__).parents[2],
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return json.loads(ended.stdout.splitlines()[-1])
+    return run_module("tests.sharding.parts_on_eight_devices")
 
 
 def test_loss_gradients_and_log_probabilities_are_those_of_one_device(found):

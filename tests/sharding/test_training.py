@@ -1,15 +1,11 @@
 """Training on eight devices is training on one, whatever the mesh and also when it changes."""
 
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.eight_devices import run_module
 from tests.integration.tiny_run import CONFIG, pages
 
 # Sums over devices come in another order, and two stages of two and three steps carry it on.
@@ -24,16 +20,8 @@ def losses(tmp_path_factory) -> dict[str, list[float]]:
     text = text.replace("heads: 2\n  kv_heads: 1", "heads: 4\n  kv_heads: 2")
     text = text.replace("batch_size: 2", "batch_size: 8").replace("keep: 1", "keep: 3")
     (folder / "tiny.yaml").write_text(text)
-    command = ["-m", "tests.sharding.on_eight_devices", str(folder / "tiny.yaml"), str(folder)]
-    ended = subprocess.run(
-        [sys.executable, *command],
-        cwd=Path(__file__).parents[2],
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return json.loads(ended.stdout.splitlines()[-1])
+    files = str(folder / "tiny.yaml"), str(folder)
+    return run_module("tests.sharding.on_eight_devices", *files)
 
 
 @pytest.mark.parametrize("how", ["eight devices", "another mesh"])

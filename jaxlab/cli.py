@@ -1,6 +1,7 @@
 """The command line: parse, resolve, call one function. Errors for the user are one line."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlab.errors import ConfigError, Interrupted, JaxlabError
+from jaxlab.errors import ConfigError, Interrupted, JaxlabError, Preempted
 from jaxlab.tools.interrupts import interruptible
 from jaxlab.tools.output import one_line, print_citations, write_json
 from kernels_pallas.without_tpu import choose_cpu
@@ -20,8 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
     arguments.again = shlex.join(["jaxlab", *argv])
+    if not arguments.together:
+        return _run(arguments)
+    from jaxlab.sharding.multihost import joined, leave
+
+    return leave(_run(arguments, joined))
+
+
+def _run(arguments: argparse.Namespace, joined=contextlib.nullcontext) -> int:
+    """Call the command; what it raises for the user becomes one line and an exit code."""
     try:
-        with interruptible():
+        with interruptible(), joined():
             return arguments.call(arguments) or 0
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
@@ -53,10 +63,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(group, name: str, call, text: str) -> argparse.ArgumentParser:
+def _command(
+    group, name: str, call, text: str, *, together: bool = False
+) -> argparse.ArgumentParser:
+    """A command; ``together``: several processes may run it as one (sharding/multihost.py)."""
     added = group.add_parser(name, help=text, description=text)
-    added.set_defaults(call=call)
+    added.set_defaults(call=call, together=together)
     return added
+
+
+def _say(text: str) -> None:
+    """Print what processes that run together have to say once."""
+    from jaxlab.sharding.processes import leads
+
+    if leads():
+        print(text)
 
 
 def _training_commands(commands, source: str) -> None:
@@ -73,7 +94,8 @@ def _training_commands(commands, source: str) -> None:
     train_tokenizer.add_argument("--vocab", required=True, type=_positive, metavar="N")
     train_tokenizer.add_argument("--out", required=True, metavar="FILE")
 
-    train = _command(commands, "train", _train, "run a configuration's stages; resumes by itself")
+    text = "run a configuration's stages; resumes by itself"
+    train = _command(commands, "train", _train, text, together=True)
     train.add_argument("--out", required=True, metavar="DIR")
     text = "train every combination of some values, one after the other; resumable"
     sweep = _command(commands, "sweep", _sweep, text)
@@ -204,10 +226,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if result.interrupted:
         saved = f"saved at step {result.step} ({result.stage}); resume with"
         saved = saved if result.step else "no step was done yet; start again with"
-        print(f"interrupted: {saved}: {arguments.again}")
-        return Interrupted.exit_code
+        how = Preempted if result.preempted else Interrupted
+        _say(f"{how.__name__.lower()}: {saved}: {arguments.again}")
+        return how.exit_code
     steps = f"step {result.step}, " if result.step else ""  # a workload may have none
-    print(f"done: {steps}run {arguments.out}")
+    _say(f"done: {steps}run {arguments.out}")
     return 0
 
 

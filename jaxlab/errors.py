@@ -29,6 +29,12 @@ class Interrupted(JaxlabError):
     exit_code = 130
 
 
+class Preempted(JaxlabError):
+    """The machine is being taken away and all is saved: start the same command again."""
+
+    exit_code = 75
+
+
 class WorkerError(JaxlabError):
     """Another process of the run is missing or has failed: starting all of them again may do."""
 

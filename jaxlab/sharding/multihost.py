@@ -19,8 +19,9 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -31,6 +32,8 @@ DISTRIBUTED, START_TIMEOUT = "JAXLAB_DISTRIBUTED", "JAXLAB_START_TIMEOUT"
 # How much longer the others wait for the answer of process 0, which waits for the last of them.
 GRACE_SECONDS = 10.0
 _LINE = 4096
+# What the runtime says of errors that no other process has to do with: no memory, a bad program.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,41 @@ def start(environment: Mapping[str, str] = os.environ) -> Place | None:
         initialization_timeout=place.timeout,
     )
     return place
+
+
+@contextlib.contextmanager
+def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Place | None]:
+    """:func:`start`, and at the end the common end of all processes.
+
+    Raises WorkerError for what the runtime says when another process is gone.
+    """
+    place = start(environment)
+    if place is None:
+        yield None
+        return
+    try:
+        yield place
+        jax.distributed.shutdown()
+    except jax.errors.JaxRuntimeError as error:
+        if place.processes == 1 or str(error).startswith(_OWN_FAULTS):
+            raise
+        text = str(error).strip().splitlines()[0][:300]
+        raise WorkerError(
+            f"process {place.process} of {place.processes}: another process or the connection to "
+            f"it has failed ({text}); see the other logs, and start all again"
+        ) from error
+
+
+def leave(code: int) -> int:
+    """The exit code; where all did not come to a common end, the process ends here and now.
+
+    At exit JAX waits for the other processes, which may be waiting for this one.
+    """
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:

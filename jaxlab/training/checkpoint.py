@@ -18,9 +18,9 @@ import jax
 
 from jaxlab.config import differences
 from jaxlab.errors import CheckpointError
+from jaxlab.sharding.processes import agree
 from jaxlab.training.checkpoint_files import (
     Damaged,
-    agree,
     named_leaves,
     one_line,
     read_host,

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jaxlab.errors import CheckpointError
+from jaxlab.sharding.processes import agree
 from jaxlab.training.checksums import array_checksums, file_digest, json_digest
 from jaxlab.typing import PyTree
 
@@ -238,14 +238,6 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def agree(problem: str | None) -> str | None:
-    """Wait for all processes; the problem of this one, or word that another one has a problem."""
-    if jax.process_count() == 1:
-        return problem
-    flags = multihost_utils.process_allgather(jax.numpy.int32(problem is not None))
-    return problem or ("another process reports a problem" if flags.any() else None)
 
 
 def one_line(error: BaseException) -> str:

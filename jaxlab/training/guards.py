@@ -1,10 +1,14 @@
 """Guards around the loop: a polite stop on signals, and numbers that must be finite."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 from jaxlab.errors import JaxlabError
 from jaxlab.training_config import OptimizerConfig, StageConfig
@@ -17,23 +21,42 @@ class NotFiniteError(JaxlabError):
 
 
 class InterruptGuard:
-    """Turns SIGINT and SIGTERM into a flag, so that the loop stops between steps and saves.
+    """Turns SIGINT and SIGTERM into an answer, so that the loop stops between steps and saves.
 
     >>> with InterruptGuard() as guard:
-    ...     while not guard.requested:
+    ...     while not guard.stops():
     ...         break
 
-    A second SIGINT raises KeyboardInterrupt. The former handlers come back on leaving. Signals can
-    only be caught in the main thread; elsewhere the guard never asks to stop.
+    Several processes stop at the same step, whichever got the signal: JAX's preemption service
+    catches SIGTERM and finds that step. A second SIGINT raises KeyboardInterrupt. The former
+    handlers come back on leaving. Signals can only be caught in the main thread; elsewhere the
+    guard never asks to stop.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        # The first signal that came to this process, if any.
+        self.received: int | None = None
         self._former: dict[int, Any] = {}
+        self._together = jax.process_count() > 1
+        self._asked = 0
+
+    def stops(self) -> bool:
+        """Whether to stop here; of several processes each asks before every step."""
+        if not self._together:
+            return self.received is not None
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether the machine is being taken away, rather than the user interrupting."""
+        return self.received != signal.SIGINT
 
     def __enter__(self) -> "InterruptGuard":
+        # A handler of ours for SIGTERM would take the preemption service its own.
+        numbers = (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM)
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 self._former[number] = signal.signal(number, self._handle)
         except ValueError:  # not the main thread
             self._former.clear()
@@ -45,9 +68,11 @@ class InterruptGuard:
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.received = number
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_finite(metrics: Mapping[str, Any], step: int, advice: Callable[[], str]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.sharding.batches import BatchPlace
 from jaxlab.sharding.mesh import check_batch_fits, check_model_fits, make_mesh
+from jaxlab.sharding.processes import leader_first, leads, reporter
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
     Corpus,
@@ -35,11 +37,12 @@ from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.metrics import (
     Goodput,
     MetricsWriter,
+    NoMetrics,
     model_flops_utilization,
     train_flops_per_token,
 )
 from jaxlab.training.state import TrainState, abstract_state, start_state
-from jaxlab.training.step import SequenceFormat, compile_score, compile_train_step
+from jaxlab.training.step import SequenceFormat, compile_loss, compile_train_step
 from jaxlab.training.steps import Recorder, run_steps
 
 CONFIG_FILE = "config.yaml"
@@ -53,6 +56,8 @@ class TrainResult:
     stage: str
     interrupted: bool
     validation_loss: float | None
+    # Interrupted because the machine is being taken away: whoever launched this starts it again.
+    preempted: bool = False
 
 
 @dataclasses.dataclass
@@ -65,7 +70,7 @@ class _Run:
     graphdef: Any
     mesh: Mesh
     checkpoints: Checkpoints
-    metrics: MetricsWriter
+    metrics: MetricsWriter | NoMetrics
     goodput: Goodput
     guard: InterruptGuard
     report: Callable[[str], None]
@@ -88,7 +93,7 @@ def train(
     Raises JaxlabError for a corpus, tokenizer or checkpoint that cannot be used, before or after
     any step, never in the middle of a save.
     """
-    run = Path(run)
+    run, report = Path(run), reporter(report)
     goodput = Goodput()
     with goodput.measure("init"), _all_or_nothing(run):
         checkpoints = Checkpoints(
@@ -98,17 +103,21 @@ def train(
             config=identity(config),
             warn=report,
         )
-        corpus = prepare_corpus(config, run, report=report)
+        run_mesh(config)  # refuses what cannot be before the corpus is read
+        corpus = leader_first(functools.partial(prepare_corpus, config, run, report=report))
         config = resolve_model(config, corpus.tokenizer.vocab_size)
-        save_yaml(config, run / CONFIG_FILE)
+        if leads():
+            save_yaml(config, run / CONFIG_FILE)
         neighbourhood = None
         reads = any(stage.memory for stage in config.stages.named().values())
         if reads and config.data.facts_fraction < 1:
-            neighbourhood = prepare_neighbourhood(config, corpus, report=report)
+            prepare = functools.partial(prepare_neighbourhood, config, corpus, report=report)
+            neighbourhood = leader_first(prepare)
         mesh = run_mesh(config)
         state, position = _start(config, mesh, checkpoints, report=report)
         graphdef, _ = abstract_decoder(config.model)
-    with MetricsWriter(run) as metrics, InterruptGuard() as guard, jax.set_mesh(mesh):
+    written = MetricsWriter(run) if leads() else NoMetrics()
+    with written as metrics, InterruptGuard() as guard, jax.set_mesh(mesh):
         shared = _Run(
             config=config,
             corpus=corpus,
@@ -122,6 +131,7 @@ def train(
             report=report,
         )
         result = _run_stages(shared, state, position)
+        result = dataclasses.replace(result, preempted=result.interrupted and guard.preempted)
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
     report(f"goodput {goodput.share():.2f}; seconds: {spent}")
     return result
@@ -134,7 +144,7 @@ def _all_or_nothing(run: Path) -> Iterator[None]:
     try:
         yield
     except JaxlabError:
-        if not existed and jax.process_index() == 0:
+        if not existed and leads():
             shutil.rmtree(run, ignore_errors=True)
         raise
 
@@ -282,7 +292,7 @@ class _Evaluator:
     """Mean validation loss in nats a token, in the format of the stage."""
 
     def __init__(self, run: _Run, form: SequenceFormat, stage: StageConfig):
-        self._score = compile_score(run.graphdef, form)
+        self._loss = compile_loss(run.graphdef, form)
         rows, memory = run.corpus.validation_rows, run.config.memory
         samples = TextSamples(rows)
         if stage.memory and run.neighbourhood is not None:
@@ -307,14 +317,19 @@ class _Evaluator:
         # Rows spread over all documents, always the same ones.
         chosen = np.linspace(0, len(self._samples) - 1, self._count).astype(int).tolist()
         for start in range(0, self._count, self._batch):
-            part = [self._samples[i] for i in chosen[start : start + self._batch]]
-            blank = self._batch - len(part)
-            part += [{**part[0], "loss_mask": np.zeros_like(part[0]["loss_mask"])}] * blank
-            batch = {key: np.stack([sample[key] for sample in part]) for key in part[0]}
-            scores = jax.device_get(self._score(params, self._place(batch)))
-            total -= float((scores * batch["loss_mask"]).sum())
-            weight += float(batch["loss_mask"].sum())
+            part = chosen[start : start + self._batch]
+            samples = [self._sample(part, row) for row in self._place.rows]
+            batch = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+            sums = jax.device_get(self._loss(params, self._place(batch)))
+            total, weight = total + float(sums[0]), weight + float(sums[1])
         return total / max(weight, 1.0)
+
+    def _sample(self, part: list[int], row: int) -> dict[str, np.ndarray]:
+        """What is in one row of a batch; in the last ones, where text has ended, nothing counts."""
+        if row < len(part):
+            return self._samples[part[row]]
+        blank = self._samples[part[0]]
+        return {**blank, "loss_mask": np.zeros_like(blank["loss_mask"])}
 
 
 class _StageMetrics:

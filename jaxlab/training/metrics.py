@@ -81,6 +81,22 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics:
+    """In place of a :class:`MetricsWriter` where another process writes."""
+
+    def write(self, step: int, values: Mapping[str, Any], *, stage: str) -> None:
+        """Nothing."""
+
+    def truncate(self, step: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without one that was cut short."""
     lines = []
@@ -176,7 +192,7 @@ class Goodput:
 
 
 class ProgressBar:
-    """A bar on a terminal; elsewhere one line every ``every`` steps.
+    """A bar on a terminal; elsewhere one line every ``every`` steps. With 0 nothing at all.
 
     >>> with ProgressBar("warmup", 2, every=1) as bar:
     ...     bar.update(1, loss=3.5)
@@ -195,7 +211,7 @@ class ProgressBar:
         self._title, self._total, self._every = title, total, every
         self._stream = stream or sys.stdout
         self._bar = None
-        if self._stream.isatty():
+        if every and self._stream.isatty():
             columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
             columns += [TimeRemainingColumn(), TextColumn("{task.fields[numbers]}")]
             self._bar = Progress(*columns, console=Console(file=self._stream))
@@ -215,5 +231,5 @@ class ProgressBar:
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=text)
-        elif step % self._every == 0 or step == self._total:
+        elif self._every and (step % self._every == 0 or step == self._total):
             print(f"{self._title} {step}/{self._total}  {text}", file=self._stream, flush=True)

@@ -33,14 +33,18 @@ def start_state(
 
     On a mesh of several devices the optimizer's state is made where the parameters lie.
     """
-    key, step = jax.random.key(seed), jnp.zeros((), jnp.int32)
+
+    def start():
+        return jax.random.key(seed), jnp.zeros((), jnp.int32)
+
     if not is_spread(mesh):
-        return TrainState(params, jax.jit(optimizer.init)(params), key, step)
+        return TrainState(params, jax.jit(optimizer.init)(params), *start())
     lies = jax.tree.map(lambda x: x.sharding, params)
     shapes = jax.eval_shape(optimizer.init, params)
     opt_state = jax.jit(optimizer.init, out_shardings=state_shardings(mesh, shapes, lies))(params)
     whole = NamedSharding(mesh, PartitionSpec())
-    return TrainState(params, opt_state, *jax.device_put((key, step), whole))
+    # Not device_put: devices of other processes are among them.
+    return TrainState(params, opt_state, *jax.jit(start, out_shardings=whole)())
 
 
 def abstract_state(

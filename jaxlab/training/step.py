@@ -14,7 +14,7 @@ from jaxlab.config import MemoryConfig
 from jaxlab.memory.write import as_slots, encode_references
 from jaxlab.models.decoder import Decoder, context_start, encode_preface
 from jaxlab.optim.flat_mask import flat_shares
-from jaxlab.training.losses import cross_entropy_sum, token_log_probabilities
+from jaxlab.training.losses import cross_entropy_sum
 from jaxlab.training.state import TrainState
 from kernels_pallas.memory_attention import ChunkGrid
 
@@ -139,12 +139,12 @@ def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[Trai
     return jax.jit(step, donate_argnums=0)
 
 
-def compile_score(graphdef: Any, form: SequenceFormat) -> Callable[[PyTree, Batch], Array]:
-    """Compiled function of parameters and batch: log-probability of each token (B, T), in nats."""
+def compile_loss(
+    graphdef: Any, form: SequenceFormat
+) -> Callable[[PyTree, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Compiled function of parameters and batch: sum of the loss in nats, and tokens that count."""
 
-    def score(params, batch):
-        decoder = nnx.merge(graphdef, params)
-        hidden = form.hidden(decoder, batch)
-        return token_log_probabilities(hidden, decoder.unembedding(), batch["tokens"])
+    def loss(params, batch):
+        return loss_sum(params, graphdef, form, batch), jnp.sum(batch["loss_mask"])
 
-    return jax.jit(score)
+    return jax.jit(loss)

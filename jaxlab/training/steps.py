@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxlab.config import TrainingConfig
+from jaxlab.sharding.processes import leads
 from jaxlab.training.guards import InterruptGuard, check_finite
 from jaxlab.training.metrics import Goodput, ProgressBar
 
@@ -76,11 +77,11 @@ def run_steps(
     pending = None
     # Copies between host and device are explicit below; any other is a mistake.
     with (
-        ProgressBar(title, steps, every=training.log_every, start=done) as bar,
+        ProgressBar(title, steps, every=training.log_every * leads(), start=done) as bar,
         jax.transfer_guard("disallow"),
     ):
         while True:
-            last, stop = done == steps, guard.requested
+            last, stop = done == steps, guard.stops()
             new = done > first
             evaluates = new and (last or _due(done, training.evaluate_every))
             saves = new and (last or stop or _due(done, training.save_every))

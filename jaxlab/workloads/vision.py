@@ -109,6 +109,7 @@ def train_vision(
         metrics.truncate(position["step"])
         trainer = _Trainer(config, data, model, checkpoints, metrics, goodput, guard, report)
         result = trainer.run(state, position)
+        result = dataclasses.replace(result, preempted=result.interrupted and guard.preempted)
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
     report(f"goodput {goodput.share():.2f}; seconds: {spent}")
     return result

@@ -125,9 +125,10 @@ def test_progress_draws_a_bar_on_a_terminal():
 def test_a_signal_asks_the_loop_to_stop_and_the_former_handler_comes_back(number):
     former = signal.getsignal(number)
     with InterruptGuard() as guard:
-        assert not guard.requested
+        assert not guard.stops()
         os.kill(os.getpid(), number)
-        assert guard.requested
+        assert guard.stops()
+        assert guard.preempted == (number == signal.SIGTERM)
     assert signal.getsignal(number) is former
 
 
@@ -142,7 +143,7 @@ def test_the_guard_does_nothing_outside_the_main_thread():
 
     def work():
         with InterruptGuard() as guard:
-            seen.append(guard.requested)
+            seen.append(guard.stops())
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -243,6 +243,7 @@ class StopsAt(InterruptGuard):
     """A guard that asks to stop before a step of this call, counted from 0."""
 
     def __init__(self, step):
+        super().__init__()
         self._left = step
 
     def __enter__(self):
@@ -251,8 +252,7 @@ class StopsAt(InterruptGuard):
     def __exit__(self, *_):
         pass
 
-    @property
-    def requested(self):
+    def stops(self):
         self._left -= 1
         return self._left < 0
 

@@ -1,0 +1,55 @@
+"""What the processes of a run do together: process 0 leads, and all agree before they go on.
+
+Every function here is called by all processes in the same order, as the steps of training are.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlab.errors import JaxlabError, WorkerError
+
+T = TypeVar("T")
+
+
+def leads() -> bool:
+    """Whether this process writes what a run has one of: its metrics, its reports, its corpus."""
+    return jax.process_index() == 0
+
+
+def reporter(report: Callable[[str], None]) -> Callable[[str], None]:
+    """``report`` for process 0; the others keep silent."""
+    return report if leads() else lambda _: None
+
+
+def agree(problem: str | None) -> str | None:
+    """Wait for all processes; the problem of this one, or word that another one has a problem."""
+    if jax.process_count() == 1:
+        return problem
+    with jax.transfer_guard("allow"):
+        flags = multihost_utils.process_allgather(np.int32(problem is not None))
+    return problem or ("another process reports a problem" if flags.any() else None)
+
+
+def leader_first(work: Callable[[], T]) -> T:
+    """What ``work`` returns: process 0 does it, then the others, who find the files that it left.
+
+    A JaxlabError of one is raised there, and a WorkerError in the others.
+    """
+    first = _by(leads(), work)
+    second = _by(not leads(), work)
+    return first if leads() else second
+
+
+def _by(mine: bool, work: Callable[[], T]) -> T | None:
+    result, problem = None, None
+    try:
+        result = work() if mine else None
+    except JaxlabError as error:
+        problem = error
+    if reason := agree(problem and str(problem)):
+        raise problem or WorkerError(f"{reason}: see its log")
+    return result

@@ -225,7 +225,9 @@ def abstract_decoder(
 
     With a mesh of several devices the shapes have their shardings.
     """
-    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    # Under a mesh Flax takes the logical names for axes of it.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
     params = nnx.to_pure_dict(state)
     if is_spread(mesh):

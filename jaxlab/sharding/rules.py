@@ -83,6 +83,12 @@ def parts_of(mesh: Mesh | AbstractMesh, name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in axes_of(name))
 
 
+def groups_of_devices() -> int:
+    """Into how many parts the current mesh cuts a batch; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return parts_of(mesh, "batch") if is_spread(mesh) else 1
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """``x`` with its partition fixed by the names of its axes, under a mesh of several devices.
 

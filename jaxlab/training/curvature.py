@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxlab.config import IREConfig
 from jaxlab.optim.curvature import mean_over_draws, random_ranks, squared
+from jaxlab.sharding.rules import groups_of_devices
 from jaxlab.training.losses import cross_entropy_sum, sampled_targets
 from jaxlab.training.step import (
     Batch,
@@ -25,16 +27,17 @@ def batch_curvature(
     """What ranks the coordinates at a refresh: a function of parameters, key and batch.
 
     ``sampled-labels`` (IRE, equation 6): the gradient of the mean cross-entropy at tokens drawn
-    from the model; with several draws the root of the mean square. A refresh looks at the first
-    ``batch_share`` of the step's rows, which come in random order, in micro-batches of the step's
-    size, so that it needs no more memory than the step.
+    from the model; with several draws the root of the mean square. A refresh looks at
+    ``batch_share`` of the step's rows, or at one for each group of devices where that is more, in
+    micro-batches of the step's size, so that it needs no more memory than the step.
     """
     if config.curvature == "random":
         return lambda params, key, batch: random_ranks(params, key)
 
     def gradient(params: PyTree, key: Array, batch: Batch) -> PyTree:
-        rows, parts = share_of_rows(len(batch["tokens"]), accumulation, config.batch_share)
-        batch = {name: value[:rows] for name, value in batch.items()}
+        total = len(batch["tokens"])
+        rows, parts = share_of_rows(total, accumulation, config.batch_share, groups_of_devices())
+        batch = {name: spread_rows(value, rows) for name, value in batch.items()}
         keys = jax.random.split(key, parts) if parts > 1 else key
 
         def of_part(part: tuple[Array, Batch]) -> PyTree:
@@ -59,14 +62,25 @@ def batch_curvature(
     return curvature
 
 
-def share_of_rows(rows: int, accumulation: int, share: float) -> tuple[int, int]:
-    """How many of a step's rows a refresh takes, and in how many micro-batches."""
+def share_of_rows(rows: int, accumulation: int, share: float, groups: int = 1) -> tuple[int, int]:
+    """How many of a step's rows a refresh takes, and in how many micro-batches.
+
+    A micro-batch has a row for each of so many ``groups`` of devices, which would else be idle.
+    """
     part = rows // accumulation
-    wanted = max(1, round(share * rows))
+    wanted = -(-max(1, round(share * rows)) // groups) * groups
     if wanted <= part:
         return wanted, 1
     parts = -(-wanted // part)
     return parts * part, parts
+
+
+def spread_rows(values: Shaped[Array, "B ..."], rows: int) -> Shaped[Array, "R ..."]:
+    """So many rows at even distances: each device of a mesh gives as many of its own."""
+    total = len(values)
+    if total % rows:
+        return values[np.arange(rows) * total // rows]
+    return values.reshape(rows, total // rows, *values.shape[1:])[:, 0]
 
 
 def sampled_loss_sum(

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlab.config import ExperimentConfig, StageConfig, identity, identity_hash, save_yaml
+from jaxlab.config import ExperimentConfig, identity, identity_hash, save_yaml
 from jaxlab.data.pipeline import TextSamples, training_iterator
+from jaxlab.data.tokenizer import Tokenizer
 from jaxlab.errors import CheckpointError, JaxlabError
-from jaxlab.models.decoder import abstract_decoder, initial_parameters
+from jaxlab.models.decoder import initial_parameters
 from jaxlab.optim.blocks import block_labels
-from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.sharding.batches import BatchPlace
@@ -32,7 +32,6 @@ from jaxlab.training.corpus import (
     prepare_neighbourhood,
     stage_sources,
 )
-from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.metrics import (
     Goodput,
@@ -41,8 +40,9 @@ from jaxlab.training.metrics import (
     model_flops_utilization,
     train_flops_per_token,
 )
-from jaxlab.training.state import TrainState, abstract_state, start_state
-from jaxlab.training.step import SequenceFormat, compile_loss, compile_train_step
+from jaxlab.training.program import TrainProgram, sequence_format
+from jaxlab.training.state import TrainState, start_state
+from jaxlab.training.step import compile_loss
 from jaxlab.training.steps import Recorder, run_steps
 
 CONFIG_FILE = "config.yaml"
@@ -67,7 +67,6 @@ class _Run:
     config: ExperimentConfig
     corpus: Corpus
     neighbourhood: Neighbourhood | None
-    graphdef: Any
     mesh: Mesh
     checkpoints: Checkpoints
     metrics: MetricsWriter | NoMetrics
@@ -75,6 +74,16 @@ class _Run:
     guard: InterruptGuard
     report: Callable[[str], None]
     validation_loss: float | None = None
+
+    def program(self, stage: str) -> TrainProgram:
+        """What is trained in a stage."""
+        return _program(self.config, self.corpus.tokenizer, stage, self.mesh)
+
+
+def _program(config: ExperimentConfig, tokenizer: Tokenizer, name: str, mesh: Mesh) -> TrainProgram:
+    stage = config.stages.named()[name]
+    form = sequence_format(config, tokenizer, memory=stage.memory)
+    return TrainProgram(config, name, mesh, form)
 
 
 def resolve_model(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
@@ -114,15 +123,13 @@ def train(
             prepare = functools.partial(prepare_neighbourhood, config, corpus, report=report)
             neighbourhood = leader_first(prepare)
         mesh = run_mesh(config)
-        state, position = _start(config, mesh, checkpoints, report=report)
-        graphdef, _ = abstract_decoder(config.model)
+        state, position = _start(config, corpus.tokenizer, mesh, checkpoints, report=report)
     written = MetricsWriter(run) if leads() else NoMetrics()
     with written as metrics, InterruptGuard() as guard, jax.set_mesh(mesh):
         shared = _Run(
             config=config,
             corpus=corpus,
             neighbourhood=neighbourhood,
-            graphdef=graphdef,
             mesh=mesh,
             checkpoints=checkpoints,
             metrics=metrics,
@@ -157,13 +164,13 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     run.metrics.truncate(position["step"])
     offset = 0
     for number, name in enumerate(names):
-        stage, total = stages[name], offset + stages[name].steps
+        program, total = run.program(name), offset + stages[name].steps
         if number > names.index(position["stage"]):
-            optimizer = _optimizer(run.config, name)
-            state = start_state(state.params, optimizer, seed=run.config.seed, mesh=run.mesh)
+            seed = run.config.seed
+            state = start_state(state.params, program.optimizer, seed=seed, mesh=run.mesh)
             position = {"stage": name, "step": offset, "data": None}
         if name == position["stage"] and position["step"] < total:
-            state, interrupted = run_stage(run, name, stage, state, position, offset=offset)
+            state, interrupted = run_stage(run, program, state, position, offset=offset)
             if interrupted:
                 step = offset + int(state.step)
                 return TrainResult(step, name, True, run.validation_loss)
@@ -182,71 +189,39 @@ def run_mesh(config: ExperimentConfig) -> Mesh:
 
 
 def _start(
-    config: ExperimentConfig, mesh: Mesh, checkpoints: Checkpoints, *, report: Callable[[str], None]
+    config: ExperimentConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    *,
+    report: Callable[[str], None],
 ) -> tuple[TrainState, dict[str, Any]]:
     """State and position from the newest checkpoint, else from ``init_from``, else new."""
     first = next(iter(config.stages.named()))
-    optimizer, seed = _optimizer(config, first), config.seed
-    # The same in every stage, which all use one optimizer.
-    template = abstract_state(config.model, optimizer, seed=seed, mesh=mesh)
+    # Its shapes are those of every stage, which all use one optimizer.
+    program = _program(config, tokenizer, first, mesh)
     if checkpoints.latest() is not None:
-        return checkpoints.restore(template)
+        return checkpoints.restore(program.state)
     if config.init_from is not None:
-        weights = read_weights(config.init_from, {"params": template.params}, warn=report)
-        params = weights["params"]
+        params = read_weights(config.init_from, {"params": program.state.params}, warn=report)
+        params = params["params"]
     else:
-        params = initial_parameters(config.model, seed, mesh)
-    state = start_state(params, optimizer, seed=seed, mesh=mesh)
+        params = initial_parameters(config.model, config.seed, mesh)
+    state = start_state(params, program.optimizer, seed=config.seed, mesh=mesh)
     return state, {"stage": first, "step": 0, "data": None}
 
 
-def _optimizer(config: ExperimentConfig, stage: str):
-    seed = _stage_seed(config, stage)
-    return make_optimizer(config.optimizer, config.stages.named()[stage], seed=seed)
-
-
-def _stage_seed(config: ExperimentConfig, stage: str) -> int:
-    """Of what is drawn in a stage and no other: the order of rows, the labels of a curvature."""
-    # By name, not by place: a control without warmup sees the rows in the same order.
-    return config.seed * 1000 + ("warmup", "continual").index(stage)
-
-
-def sequence_format(config: ExperimentConfig, corpus_tokenizer, *, memory: bool) -> SequenceFormat:
-    """How rows are read in a stage."""
-    if not memory:
-        return SequenceFormat(bos_id=corpus_tokenizer.bos_id)
-    return SequenceFormat(
-        bos_id=corpus_tokenizer.bos_id,
-        preface_ids=corpus_tokenizer.preface_ids,
-        memory=config.memory,
-    )
-
-
 def run_stage(
-    run: _Run,
-    name: str,
-    stage: StageConfig,
-    state: TrainState,
-    position: dict[str, Any],
-    *,
-    offset: int,
+    run: _Run, program: TrainProgram, state: TrainState, position: dict[str, Any], *, offset: int
 ) -> tuple[TrainState, bool]:
     """The steps of one stage. Returns the state and whether it was interrupted."""
-    config, training = run.config, run.config.training
-    form = sequence_format(config, run.corpus.tokenizer, memory=stage.memory)
-    parts = {"graphdef": run.graphdef, "form": form, "accumulation": stage.accumulation}
-    ire = config.optimizer.ire
-    step_function = compile_train_step(
-        optimizer=_optimizer(config, name),
-        curvature=ire and batch_curvature(ire, **parts),
-        **parts,
-    )
+    config, stage, name = run.config, program.stage, program.stage_name
     place = BatchPlace(run.mesh, stage.batch_size)
-    batches = _batches(run, name, stage, place.rows)
+    batches = _batches(run, program, place.rows)
     if position["data"] is not None:
         batches.set_state(position["data"])
-    score = _Evaluator(run, form, stage)
-    writer = _StageMetrics(run, name, stage, offset)
+    score = _Evaluator(run, program)
+    writer = _StageMetrics(run, program, offset)
 
     def evaluate(done: int, state: TrainState) -> None:
         run.validation_loss = score(state.params)
@@ -265,11 +240,11 @@ def run_stage(
     tokens = stage.batch_size * config.data.sequence_length
     return run_steps(
         state,
-        step_function,
+        program.step,
         batches,
         title=name,
         steps=stage.steps,
-        training=training,
+        training=config.training,
         guard=run.guard,
         goodput=run.goodput,
         place=place,
@@ -279,20 +254,21 @@ def run_stage(
     )
 
 
-def _batches(run: _Run, name: str, stage: StageConfig, rows: tuple[int, ...]):
+def _batches(run: _Run, program: TrainProgram, rows: tuple[int, ...]):
+    stage = program.stage
     sources, weights = stage_sources(
         run.config, run.corpus, memory=stage.memory, neighbourhood=run.neighbourhood
     )
-    order = _stage_seed(run.config, name)
     size = stage.batch_size
-    return training_iterator(sources, weights, batch_size=size, seed=order, rows=rows)
+    return training_iterator(sources, weights, batch_size=size, seed=program.seed, rows=rows)
 
 
 class _Evaluator:
     """Mean validation loss in nats a token, in the format of the stage."""
 
-    def __init__(self, run: _Run, form: SequenceFormat, stage: StageConfig):
-        self._loss = compile_loss(run.graphdef, form)
+    def __init__(self, run: _Run, program: TrainProgram):
+        stage = program.stage
+        self._loss = compile_loss(program.graphdef, program.form)
         rows, memory = run.corpus.validation_rows, run.config.memory
         samples = TextSamples(rows)
         if stage.memory and run.neighbourhood is not None:
@@ -335,15 +311,15 @@ class _Evaluator:
 class _StageMetrics:
     """Writes down the numbers of a stage."""
 
-    def __init__(self, run: _Run, name: str, stage: StageConfig, offset: int):
-        self._run, self._name, self._offset = run, name, offset
+    def __init__(self, run: _Run, program: TrainProgram, offset: int):
+        self._run, self._name, self._offset = run, program.stage_name, offset
         config = run.config
         self._flops = train_flops_per_token(
             config.model,
             vocab_size=config.model.vocab_size,
             sequence_length=config.data.sequence_length,
         )
-        self._schedule = make_schedule(stage)
+        self._schedule = make_schedule(program.stage)
 
     def step(self, done: int, numbers: dict[str, float], speed: float | None) -> None:
         """The numbers of one step; ``speed`` in tokens a second."""

@@ -89,10 +89,13 @@ def _gradients(
 
 
 def sum_over_parts(function: Callable[[PyTree], PyTree], batch: PyTree, parts: int) -> PyTree:
-    """Sum of ``function`` over equal parts of a batch, one part at a time."""
+    """Sum of ``function`` over equal parts of a batch, one part at a time.
+
+    A part has every so many-th row, so that each device of a mesh has its rows of it already.
+    """
     if parts == 1:
         return function(batch)
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda x: x[0], split)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
 

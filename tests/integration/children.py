@@ -186,9 +186,9 @@ def poison(step: int) -> None:
     """Make every parameter NaN before the ``step``-th step of a stage."""
     import jax
 
-    from jaxlab.training import loop
+    from jaxlab.training import program
 
-    compile_step = loop.compile_train_step
+    compile_step = program.compile_train_step
 
     def compiled(**parts):
         function, calls = compile_step(**parts), []
@@ -202,7 +202,7 @@ def poison(step: int) -> None:
 
         return poisoned
 
-    loop.compile_train_step = compiled
+    program.compile_train_step = compiled
 
 
 def die_after_append(count: int) -> None:

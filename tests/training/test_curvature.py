@@ -12,7 +12,7 @@ from jaxlab.models.decoder import abstract_decoder
 from jaxlab.optim import curvature as estimators
 from jaxlab.optim import make_optimizer
 from jaxlab.training import curvature
-from jaxlab.training.curvature import batch_curvature, share_of_rows
+from jaxlab.training.curvature import batch_curvature, share_of_rows, spread_rows
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat, train_step
 from tests.models.tiny import random_tokens, tiny_config, tiny_decoder
@@ -87,8 +87,8 @@ def test_micro_batches_add_up_to_the_whole_batch(monkeypatch):
     close(whole, parts, rtol=1e-4, atol=1e-7)
 
 
-def test_a_share_of_the_batch_is_its_first_rows():
-    half = {name: value[:2] for name, value in BATCH.items()}
+def test_a_share_of_the_batch_is_rows_at_even_distances():
+    half = {name: value[::2] for name, value in BATCH.items()}
     config = IREConfig(kappa=1.0, curvature="empirical")
     found = batch_curvature(IREConfig(kappa=1.0, curvature="empirical", batch_share=0.5), **PARTS)
     close(found(PARAMS, KEY, BATCH), batch_curvature(config, **PARTS)(PARAMS, KEY, half), rtol=1e-6)
@@ -96,19 +96,27 @@ def test_a_share_of_the_batch_is_its_first_rows():
 
 
 @pytest.mark.parametrize(
-    "rows, accumulation, share, expected",
+    "rows, accumulation, share, groups, expected",
     [
-        (8, 1, 1.0, (8, 1)),
-        (8, 1, 0.25, (2, 1)),
-        (8, 1, 0.01, (1, 1)),
-        (8, 4, 1.0, (8, 4)),
-        (8, 4, 0.5, (4, 2)),
-        (8, 4, 0.25, (2, 1)),
-        (8, 4, 0.4, (4, 2)),  # whole micro-batches, rounded up
+        (8, 1, 1.0, 1, (8, 1)),
+        (8, 1, 0.25, 1, (2, 1)),
+        (8, 1, 0.01, 1, (1, 1)),
+        (8, 4, 1.0, 1, (8, 4)),
+        (8, 4, 0.5, 1, (4, 2)),
+        (8, 4, 0.25, 1, (2, 1)),
+        (8, 4, 0.4, 1, (4, 2)),  # whole micro-batches, rounded up
+        (8, 1, 0.25, 4, (4, 1)),  # a row for each group of devices
+        (512, 1, 0.25, 256, (256, 1)),
     ],
 )
-def test_a_share_keeps_the_size_of_micro_batches(rows, accumulation, share, expected):
-    assert share_of_rows(rows, accumulation, share) == expected
+def test_a_share_keeps_the_size_of_micro_batches(rows, accumulation, share, groups, expected):
+    assert share_of_rows(rows, accumulation, share, groups) == expected
+
+
+def test_rows_are_spread_over_the_batch_also_where_they_do_not_divide_it():
+    rows = jnp.arange(12).reshape(6, 2)
+    assert spread_rows(rows, 3)[:, 0].tolist() == [0, 4, 8]
+    assert spread_rows(rows, 4)[:, 0].tolist() == [0, 2, 6, 8]
 
 
 def test_another_key_draws_other_labels_and_random_ranks_look_at_nothing():

@@ -1,7 +1,6 @@
 """Laws of the training step and of what the loop gives it."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,10 @@ from jaxlab.errors import CheckpointError
 from jaxlab.memory.write import as_slots, encode_references
 from jaxlab.models.attention import Slots
 from jaxlab.models.decoder import context_start, encode_preface
+from jaxlab.sharding.mesh import make_mesh
 from jaxlab.training.corpus import Corpus, stage_sources
-from jaxlab.training.loop import _optimizer, load_run, resolve_model, sequence_format
+from jaxlab.training.loop import load_run, resolve_model
+from jaxlab.training.program import TrainProgram, sequence_format
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat, compile_train_step
 from tests.inference.small import small_tokenizer
@@ -36,7 +37,6 @@ data: {source: facts:0, sequence_length: 8, facts_fraction: FACTS}
 stages:
   continual: {steps: 1, batch_size: 2, learning_rate: 1e-2, memory: true}
 """
-TOKENIZER = SimpleNamespace(bos_id=1, preface_ids=(1, 5, 6))
 
 
 @pytest.fixture
@@ -94,8 +94,9 @@ def test_a_stage_without_memory_reads_plain_text(config, tmp_path):
 
 
 def test_a_stage_with_memory_reads_behind_the_preface(config):
-    form = sequence_format(config, TOKENIZER, memory=True)
-    assert form == SequenceFormat(bos_id=1, preface_ids=(1, 5, 6), memory=config.memory)
+    tokenizer = small_tokenizer()
+    form = sequence_format(config, tokenizer, memory=True)
+    assert form == SequenceFormat(tokenizer.bos_id, tokenizer.preface_ids, config.memory)
 
 
 def test_every_text_of_a_fact_sample_is_read_as_inference_reads_it():
@@ -156,6 +157,7 @@ def test_each_stage_and_each_seed_draws_labels_of_its_own_for_ire():
     for seed in (0, 1):
         config = load_config("configs/demo.yaml", ["optimizer.ire={kappa: 1.0}", f"seed={seed}"])
         for stage in config.stages.named():
-            state = _optimizer(config, stage).init({"embedding": jnp.ones((2, 3))})
+            program = TrainProgram(config, stage, make_mesh(config.mesh), SequenceFormat(bos_id=1))
+            state = program.optimizer.init({"embedding": jnp.ones((2, 3))})
             keys.add(optax.tree.get(state, "curvature_key").tobytes())
     assert len(keys) == 4

@@ -20,6 +20,7 @@ from jaxlab import strict_yaml
 from jaxlab.training_config import (
     BlockwiseConfig,
     IREConfig,
+    MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
     StageConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "ExperimentConfig",
     "IREConfig",
     "MemoryConfig",
+    "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ScheduleConfig",
@@ -200,6 +202,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stages: StagesConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         require(self.name != "", "name", "must not be empty")
@@ -302,9 +305,9 @@ def config_hash(config: Any) -> str:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """What decides a run's numbers: all but its name and how often it reports and saves."""
+    """What decides a run's numbers: all but its name, mesh and how often it reports and saves."""
     values = to_dict(config)
-    return {key: values[key] for key in values if key not in ("name", "training")}
+    return {key: values[key] for key in values if key not in ("name", "training", "mesh")}
 
 
 def identity_hash(config: Any) -> str:

@@ -194,3 +194,24 @@ class TrainingConfig:
     def __post_init__(self):
         positive(self, "log_every", "evaluate_rows", "keep", "peak_flops")
         not_negative(self, "evaluate_every", "save_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; one may be -1 and takes the devices that the others leave.
+
+    ``jaxlab.sharding.mesh`` says what each is for. It changes where a run computes and not what, so
+    that a run may go on with another one.
+    """
+
+    replica: int = 1
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for key in ("replica", "data", "fsdp", "tensor"):
+            value = getattr(self, key)
+            require(value == -1 or value > 0, key, f"must be positive or -1, got {value}")
+        free = [key for key in ("replica", "data", "fsdp", "tensor") if getattr(self, key) == -1]
+        require(len(free) < 2, free[-1] if free else "fsdp", f"{' and '.join(free)} are both -1")

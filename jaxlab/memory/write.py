@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxlab.config import MemoryConfig
 from jaxlab.memory.select import gather_tokens, select_tokens
 from jaxlab.models.attention import KeyValues, ReadingPlan, Slots
-from jaxlab.models.decoder import Block, Decoder, Prefix, remat
+from jaxlab.models.decoder import Block, Decoder, Prefix, remat, residual
 
 
 class Memories(NamedTuple):
@@ -74,7 +74,7 @@ def encode_references(
     def body(x, layer):
         block, x, query, context, kept = attend(x, layer)
         x = x + block.attention.read(query, context, plan, preface=layer[1], slots=None)
-        return x + block.mlp(block.mlp_norm(x)), kept
+        return residual(x + block.mlp(block.mlp_norm(x))), kept
 
     # Nothing above the last memory layer's keys and values is needed (§1.3 of the cost model: one
     # feed-forward less than attention layers), so that layer stops there.

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlab.config import ModelConfig
 from jaxlab.models.attention import Attention, KeyValues, ReadingPlan, Slots, write_into
 from jaxlab.models.cache import Cache
 from jaxlab.models.layers import RMSNorm, SwiGLU, normal
+from jaxlab.sharding.rules import constrain, parameter_shardings
 from kernels_pallas.memory_attention import ChunkGrid
 
 INIT_STD = 0.02
@@ -85,7 +87,12 @@ class Block(nnx.Module):
             context = write_into(cache, context, plan.index[:, 0])
             read = self.attention.read_cached
         x = x + read(query, context, plan, preface=preface, slots=slots)
-        return x + self.mlp(self.mlp_norm(x)), context
+        return residual(x + self.mlp(self.mlp_norm(x))), context
+
+
+def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The residual stream where it lies: whole rows, so that weights are gathered to them."""
+    return constrain(x, "batch", "length", "width")
 
 
 def remat(body, policy: str):
@@ -120,7 +127,7 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
+        return residual(jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype))
 
     def unembedding(self) -> Float[Array, "D V"]:
         """The output matrix: the embedding transposed when tied."""
@@ -211,15 +218,26 @@ def encode_preface(decoder: Decoder, preface_ids: Int[Array, " P"]) -> Prefix:
     return Prefix(tuple(KeyValues(part.keys[:, 0], part.values[:, 0]) for part in cache.layers))
 
 
-def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, dict]:
-    """Graph definition and parameter shapes (a nested dict): nothing is allocated."""
+def abstract_decoder(
+    config: ModelConfig, mesh: Mesh | AbstractMesh | None = None
+) -> tuple[nnx.GraphDef, dict]:
+    """Graph definition and parameter shapes (a nested dict): nothing is allocated.
+
+    With a mesh of several devices the shapes have their shardings.
+    """
     module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(params)
+    graphdef, state = nnx.split(module)
+    params = nnx.to_pure_dict(state)
+    if mesh is not None and mesh.size > 1:
+        shardings = parameter_shardings(mesh, state)
+        params = jax.tree.map(lambda x, s: x.update(sharding=s), params, shardings)
+    return graphdef, params
 
 
-def initial_parameters(config: ModelConfig, seed: int) -> dict:
+def initial_parameters(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict:
     """Fresh float32 parameters as a nested dict, made by one compiled program.
+
+    On a mesh of several devices every device makes its own shards: no host holds the model.
 
     The generator is ``rbg``: with the default one XLA takes minutes to compile the draws on a CPU.
     """
@@ -228,7 +246,10 @@ def initial_parameters(config: ModelConfig, seed: int) -> dict:
         decoder = Decoder(config, rngs=nnx.Rngs(params=key))
         return nnx.to_pure_dict(nnx.split(decoder)[1])
 
-    return jax.jit(make)(jax.random.key(seed, impl="rbg"))
+    shardings = None
+    if mesh is not None and mesh.size > 1:
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_decoder(config, mesh)[1])
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed, impl="rbg"))
 
 
 def parameter_count(config: ModelConfig, *, embeddings: bool = True) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlab.config import ExperimentConfig, StageConfig, identity, identity_hash, save_yaml
 from jaxlab.data.pipeline import TextSamples, training_iterator
@@ -19,6 +20,8 @@ from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.flat_mask import flat_fractions
 from jaxlab.optim.schedules import make_schedule
+from jaxlab.sharding.mesh import check_batch_fits, check_model_fits, make_mesh
+from jaxlab.sharding.rules import batch_sharding
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
     Corpus,
@@ -35,7 +38,7 @@ from jaxlab.training.metrics import (
     model_flops_utilization,
     train_flops_per_token,
 )
-from jaxlab.training.state import TrainState, start_state
+from jaxlab.training.state import TrainState, abstract_state, start_state
 from jaxlab.training.step import SequenceFormat, compile_score, compile_train_step
 from jaxlab.training.steps import Recorder, run_steps
 
@@ -60,6 +63,7 @@ class _Run:
     corpus: Corpus
     neighbourhood: Neighbourhood | None
     graphdef: Any
+    mesh: Mesh
     checkpoints: Checkpoints
     metrics: MetricsWriter
     goodput: Goodput
@@ -101,11 +105,21 @@ def train(
         reads = any(stage.memory for stage in config.stages.named().values())
         if reads and config.data.facts_fraction < 1:
             neighbourhood = prepare_neighbourhood(config, corpus, report=report)
-        state, position = _start(config, checkpoints, report=report)
+        mesh = run_mesh(config)
+        state, position = _start(config, mesh, checkpoints, report=report)
         graphdef, _ = abstract_decoder(config.model)
-    with MetricsWriter(run) as metrics, InterruptGuard() as guard:
+    with MetricsWriter(run) as metrics, InterruptGuard() as guard, jax.set_mesh(mesh):
         shared = _Run(
-            config, corpus, neighbourhood, graphdef, checkpoints, metrics, goodput, guard, report
+            config=config,
+            corpus=corpus,
+            neighbourhood=neighbourhood,
+            graphdef=graphdef,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            goodput=goodput,
+            guard=guard,
+            report=report,
         )
         result = _run_stages(shared, state, position)
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
@@ -135,7 +149,8 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     for number, name in enumerate(names):
         stage, total = stages[name], offset + stages[name].steps
         if number > names.index(position["stage"]):
-            state = start_state(state.params, _optimizer(run.config, name), seed=run.config.seed)
+            optimizer = _optimizer(run.config, name)
+            state = start_state(state.params, optimizer, seed=run.config.seed, mesh=run.mesh)
             position = {"stage": name, "step": offset, "data": None}
         if name == position["stage"] and position["step"] < total:
             state, interrupted = run_stage(run, name, stage, state, position, offset=offset)
@@ -146,28 +161,33 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     return TrainResult(offset, names[-1], False, run.validation_loss)
 
 
+def run_mesh(config: ExperimentConfig) -> Mesh:
+    """The mesh of a run over this machine's devices. Raises ConfigError for one that cannot be."""
+    mesh = make_mesh(config.mesh)
+    check_model_fits(mesh, config.model)
+    for name, stage in config.stages.named().items():
+        key = f"stages.{name}.batch_size"
+        check_batch_fits(mesh, key, stage.batch_size // stage.accumulation)
+    return mesh
+
+
 def _start(
-    config: ExperimentConfig, checkpoints: Checkpoints, *, report: Callable[[str], None]
+    config: ExperimentConfig, mesh: Mesh, checkpoints: Checkpoints, *, report: Callable[[str], None]
 ) -> tuple[TrainState, dict[str, Any]]:
     """State and position from the newest checkpoint, else from ``init_from``, else new."""
     first = next(iter(config.stages.named()))
-    template = _template(config, first)
+    optimizer, seed = _optimizer(config, first), config.seed
+    # The same in every stage, which all use one optimizer.
+    template = abstract_state(config.model, optimizer, seed=seed, mesh=mesh)
     if checkpoints.latest() is not None:
         return checkpoints.restore(template)
     if config.init_from is not None:
         weights = read_weights(config.init_from, {"params": template.params}, warn=report)
         params = weights["params"]
     else:
-        params = initial_parameters(config.model, config.seed)
-    state = start_state(params, _optimizer(config, first), seed=config.seed)
+        params = initial_parameters(config.model, seed, mesh)
+    state = start_state(params, optimizer, seed=seed, mesh=mesh)
     return state, {"stage": first, "step": 0, "data": None}
-
-
-def _template(config: ExperimentConfig, stage: str) -> TrainState:
-    """Shapes of the state; the same in every stage, which all use one optimizer."""
-    _, params = abstract_decoder(config.model)
-    optimizer = _optimizer(config, stage)
-    return jax.eval_shape(lambda p: start_state(p, optimizer, seed=config.seed), params)
 
 
 def _optimizer(config: ExperimentConfig, stage: str):
@@ -241,6 +261,7 @@ def run_stage(
         training=training,
         guard=run.guard,
         goodput=run.goodput,
+        place=None if run.mesh.size == 1 else batch_sharding(run.mesh),
         record=Recorder(writer.step, units=tokens, offset=offset, advice=advice),
         evaluate=evaluate,
         save=save,
@@ -274,6 +295,7 @@ class _Evaluator:
             samples = None  # trained on facts alone: there is no text to evaluate with memory
         self._samples = samples
         self._batch = stage.batch_size // stage.accumulation
+        self._place = None if run.mesh.size == 1 else batch_sharding(run.mesh)
         self._count = min(run.config.training.evaluate_rows, len(rows))
 
     def __call__(self, params) -> float | None:
@@ -287,7 +309,7 @@ class _Evaluator:
             blank = self._batch - len(part)
             part += [{**part[0], "loss_mask": np.zeros_like(part[0]["loss_mask"])}] * blank
             batch = {key: np.stack([sample[key] for sample in part]) for key in part[0]}
-            scores = jax.device_get(self._score(params, jax.device_put(batch)))
+            scores = jax.device_get(self._score(params, jax.device_put(batch, self._place)))
             total -= float((scores * batch["loss_mask"]).sum())
             weight += float(batch["loss_mask"].sum())
         return total / max(weight, 1.0)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlab.sharding.rules import rows_on_a_device
+
 # Logits of one block: a million numbers stay in a CPU's cache; with a wide vocabulary at least this
 # many positions, so that the matrix products stay large.
 BLOCK_LOGITS = 1 << 20
@@ -19,7 +21,7 @@ BLOCK_POSITIONS = 256
 
 def _block_length(batch: int, length: int, vocab: int) -> int:
     """Positions of each sequence in one block: the largest allowed divisor of ``length``."""
-    allowed = max(BLOCK_LOGITS // vocab, BLOCK_POSITIONS) // batch
+    allowed = max(BLOCK_LOGITS // vocab, BLOCK_POSITIONS) // rows_on_a_device(batch)
     return max(n for n in range(1, length + 1) if length % n == 0 and n <= max(allowed, 1))
 
 

@@ -63,12 +63,14 @@ def run_steps(
     record: Recorder,
     evaluate: Callable[[int, Any], None],
     save: Callable[[int, Any, bool], None],
+    place: Any = None,
 ) -> tuple[Any, bool]:
     """Steps up to ``steps``, or to an interruption: the state, and whether it was interrupted.
 
     The order is what makes resuming exact; do not change it: evaluate the current parameters, save
     state and data position together, take the next batch, dispatch the step, and only then fetch
-    the numbers of the step before, so that the device never waits for the host.
+    the numbers of the step before, so that the device never waits for the host. ``place`` is the
+    sharding of a batch; None: the default device.
     """
     first = done = int(state.step)
     pending = None
@@ -95,7 +97,7 @@ def run_steps(
                 record(pending, bar)
                 return state, stop and not last
             with goodput.measure("data"):
-                batch = jax.device_put(next(batches))
+                batch = jax.device_put(next(batches), place)
             with goodput.measure("compile" if done == first else "step"):
                 state, numbers = step_function(state, batch)
                 if done == first:

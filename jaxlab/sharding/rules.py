@@ -1,0 +1,101 @@
+"""The one table from logical names of axes to axes of the mesh, and what is derived from it.
+
+Parameters carry their logical names (``nnx.Param(..., out_sharding=...)``); optimizer state, flat
+mask and curvature lie as the parameter does that they belong to; everything else has its name here.
+"""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxlab.typing import Array, PyTree
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # Rows of a batch; references and their memories come with the rows that read them.
+    "batch": ("replica", "data", "fsdp"),
+    # Parameters. Layers are scanned one by one, and a head is never cut.
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "head_dim": None,
+    # Activations keep whole rows: weights are gathered, not activations.
+    "length": None,
+    "width": None,
+}
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names; None is never cut."""
+    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+
+
+def parameter_shardings(mesh: Mesh | AbstractMesh, abstract: PyTree) -> PyTree:
+    """The sharding of each parameter: ``abstract`` is an nnx state with its metadata."""
+    logical = nnx.to_pure_dict(nnx.get_partition_spec(abstract))
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, spec(*names)),
+        logical,
+        is_leaf=lambda part: isinstance(part, PartitionSpec),
+    )
+
+
+def state_shardings(mesh: Mesh, state: PyTree, parameters: PyTree) -> PyTree:
+    """The sharding of each leaf of a training state, or of any tree that repeats the parameters.
+
+    A leaf whose path ends like a parameter's lies as that one does; others are whole on all
+    devices.
+    """
+    by_path = {_steps(path): value for path, value in jax.tree.leaves_with_path(parameters)}
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        steps = _steps(path)
+        found = (by_path.get(steps[start:]) for start in range(len(steps)))
+        # What a parameter is scaled by may be a single number.
+        return next((s for s in found if s is not None and len(s.spec) == leaf.ndim), whole)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every array of a batch, whose first axis counts rows."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """``x`` with its partition fixed by the names of its axes, under a mesh of several devices.
+
+    An axis that the mesh does not divide (a batch of one) is left whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    wanted = [
+        axes if size % _parts(mesh, axes) == 0 else None
+        for axes, size in zip(spec(*names), x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*wanted))
+
+
+def rows_on_a_device(rows: int) -> int:
+    """How many of a batch's rows one group of devices has under the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return rows
+    parts = _parts(mesh, RULES["batch"])
+    return rows // parts if rows % parts == 0 else rows
+
+
+def _parts(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _steps(path: tuple) -> tuple[str, ...]:
+    return tuple(str(jax.tree_util.keystr((key,), simple=True)) for key in path)

@@ -1,0 +1,105 @@
+"""Meshes that can be and that cannot, and where each parameter of the papers' models lies."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from jaxlab.config import MeshConfig, ModelConfig
+from jaxlab.errors import ConfigError
+from jaxlab.models.decoder import abstract_decoder
+from jaxlab.models.presets import PRESETS
+from jaxlab.sharding.mesh import AXES, check_batch_fits, check_model_fits, make_mesh, mesh_sizes
+from jaxlab.sharding.rules import constrain, rows_on_a_device, spec
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "sharding"
+MESHES = {
+    "memory3-2b": (1, 2, 128, 1),
+    "memory3-0.9b": (1, 1, 64, 4),
+    "llama-229m": (2, 1, 32, 4),
+}
+
+
+def mesh_of(sizes) -> AbstractMesh:
+    return AbstractMesh(sizes, AXES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "sizes"),
+    [
+        ({}, 8, (1, 1, 8, 1)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({"tensor": 2}, 8, (1, 1, 4, 2)),
+        ({"replica": 2, "data": 2, "fsdp": 2, "tensor": -1}, 16, (2, 2, 2, 2)),
+        ({"fsdp": 4, "tensor": 2}, 8, (1, 1, 4, 2)),
+    ],
+)
+def test_the_axis_without_a_size_takes_what_the_others_leave(settings, devices, sizes):
+    assert mesh_sizes(MeshConfig(**settings), devices) == sizes
+
+
+@pytest.mark.parametrize("settings", [{"tensor": 3}, {"fsdp": 4}, {"replica": 16}])
+def test_a_mesh_that_does_not_divide_the_devices_names_its_sizes(settings):
+    with pytest.raises(ConfigError, match=r"^mesh: replica .*does not divide 8 devices"):
+        mesh_sizes(MeshConfig(**settings), 8)
+
+
+def test_only_one_axis_may_be_free_and_none_is_empty():
+    for settings in ({"data": -1}, {"tensor": 0}):
+        with pytest.raises(Exception, match="-1"):
+            MeshConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (1, 1, 1, 16),
+            r"^mesh.tensor: 16 does not divide model.heads \(40\); .* 1, 2, 4, 5, 8, 10",
+        ),
+        ((1, 1, 1, 5), r"^mesh.tensor: 5 does not divide model.kv_heads \(8\); .* 1, 2, 4$"),
+        ((1, 1, 256, 1), r"^mesh.fsdp: 256 does not divide model.width \(3200\); .* 100, 128, 160"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_says_what_would(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_model_fits(mesh_of(sizes), ModelConfig(**PRESETS["memory3-2b"]))
+
+
+def test_rows_that_do_not_spread_are_an_error_that_names_the_stage():
+    check_batch_fits(mesh_of((1, 2, 4, 2)), "stages.warmup.batch_size", 16)
+    with pytest.raises(ConfigError, match=r"^stages.warmup.batch_size: .* 12 rows .* 8 groups"):
+        check_batch_fits(mesh_of((1, 2, 4, 2)), "stages.warmup.batch_size", 12)
+
+
+@pytest.mark.parametrize("preset", MESHES)
+def test_every_parameter_lies_where_the_golden_file_says(preset, update_golden):
+    _, params = abstract_decoder(ModelConfig(**PRESETS[preset]), mesh_of(MESHES[preset]))
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="."): {
+            "shape": list(leaf.shape),
+            "spec": json.loads(json.dumps(tuple(leaf.sharding.spec))),
+            "on a device": list(leaf.sharding.shard_shape(leaf.shape)),
+        }
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    golden = {"mesh": dict(zip(AXES, MESHES[preset], strict=True)), "parameters": found}
+    path = GOLDEN / f"{preset}.json"
+    if update_golden:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(golden, indent=1) + "\n")
+    assert json.loads(path.read_text()) == golden
+
+
+def test_rows_are_spread_over_all_axes_but_tensor():
+    assert spec("batch", None) == PartitionSpec(("replica", "data", "fsdp"), None)
+
+
+def test_without_a_mesh_of_several_devices_nothing_is_constrained():
+    x = jnp.ones((3, 2, 2))
+    assert constrain(x, "batch", "length", "width") is x and rows_on_a_device(3) == 3
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert constrain(x, "batch", "length", "width") is x

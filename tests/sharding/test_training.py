@@ -1,0 +1,46 @@
+"""Training on eight devices is training on one, whatever the mesh and also when it changes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.tiny_run import CONFIG, WORDS
+
+# Sums over devices come in another order, and two stages of two and three steps carry it on.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory) -> dict[str, list[float]]:
+    folder, draw = tmp_path_factory.mktemp("meshes"), random.Random(0)
+    lines = [
+        json.dumps({"id": f"page {number}", "text": " ".join(draw.choices(WORDS.split(), k=60))})
+        for number in range(40)
+    ]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    text = CONFIG.replace("CORPUS", str(folder / "corpus.jsonl"))
+    text = text.replace("heads: 2\n  kv_heads: 1", "heads: 4\n  kv_heads: 2")
+    text = text.replace("batch_size: 2", "batch_size: 8").replace("keep: 1", "keep: 3")
+    (folder / "tiny.yaml").write_text(text)
+    command = ["-m", "tests.sharding.on_eight_devices", str(folder / "tiny.yaml"), str(folder)]
+    ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=Path(__file__).parents[2],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("how", ["eight devices", "another mesh"])
+def test_the_losses_of_both_stages_with_ire_are_those_of_one_device(losses, how):
+    assert len(losses[how]) == 10
+    np.testing.assert_allclose(losses[how], losses["one device"], rtol=TOLERANCE)

@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 ITEM_BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
@@ -107,6 +108,14 @@ class Computation:
         return next(each for each in self.instructions if each.root)
 
 
+class Frame(NamedTuple):
+    """A place in the source; ``function`` is qualified, or empty where it is not known."""
+
+    file: str
+    line: int
+    function: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A compiled program."""
@@ -116,13 +125,16 @@ class Module:
     header: str
 
     @functools.cached_property
-    def _frames(self) -> dict[int, tuple[str, int, int]]:
-        """Stack frames: file, line, number of the caller's frame (0: none)."""
-        files = dict(re.findall(r'^(\d+) "(.*)"$', _section(self.header, "FileNames"), re.M))
+    def _frames(self) -> dict[int, tuple[Frame, int]]:
+        """Stack frames by number, with the number of the caller's frame (0: none)."""
+        files, functions = (
+            dict(re.findall(r'^(\d+) "(.*)"$', _section(self.header, title), re.M))
+            for title in ("FileNames", "FunctionNames")
+        )
         places = {
-            number: (files.get(file, ""), int(line))
-            for number, file, line in re.findall(
-                r"^(\d+) \{file_name_id=(\d+).*? line=(\d+)",
+            number: Frame(files.get(file, ""), int(line), functions.get(function, ""))
+            for number, file, function, line in re.findall(
+                r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)",
                 _section(self.header, "FileLocations"),
                 re.M,
             )
@@ -134,19 +146,19 @@ class Module:
         )
         # A caller's number is written one too high, so that 1 is none.
         return {
-            int(number): (*places.get(place, ("", 0)), int(parent or 1) - 1)
+            int(number): (places.get(place, Frame("", 0)), int(parent or 1) - 1)
             for number, place, parent in frames
         }
 
-    def stack(self, instruction: Instruction) -> list[tuple[str, int]]:
-        """Files and lines, the innermost first; empty where the compiler kept none."""
+    def stack(self, instruction: Instruction) -> list[Frame]:
+        """Where it was traced, the innermost place first; empty where the compiler kept none."""
         file = instruction.attribute(r'source_file="([^"]*)"')
         if file:
-            return [(file, int(instruction.attribute(r"source_line=(\d+)") or 0))]
+            return [Frame(file, int(instruction.attribute(r"source_line=(\d+)") or 0))]
         number, found = int(instruction.attribute(r"stack_frame_id=(\d+)") or 0), []
         while number in self._frames and len(found) < 100:
-            file, line, number = self._frames[number]
-            found.append((file, line))
+            frame, number = self._frames[number]
+            found.append(frame)
         return found
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:

@@ -15,6 +15,10 @@ from jaxlab.preflight.hlo import Computation, Instruction, Module
 _SAME = ("bitcast", "optimization-barrier", "opt-barrier", "add-dependency", "domain")
 
 
+# What makes an array that a loop then fills.
+_EMPTY = ("broadcast", "custom-call", "constant", "copy")
+
+
 @dataclasses.dataclass(frozen=True)
 class Buffer:
     """A temporary: its size in bytes, and the instruction whose result it is."""
@@ -49,6 +53,21 @@ class _Walk:
         self._elsewhere = set(_made_at(computation, elsewhere))
         for place, each in enumerate(computation.instructions):
             self.values[each.name] = self._value(place, each)
+            if each.op == "while":
+                self._name_carried(each)
+
+    def _name_carried(self, loop: Instruction) -> None:
+        """A loop's array that is made empty belongs to the instruction that fills it."""
+        body = self.module.computations[loop.called[0]]
+        carried = self.values[loop.name]
+        for leaf, number in enumerate(carried if isinstance(carried, list) else ()):
+            if not isinstance(number, int):
+                continue
+            made = self.buffers[number].instruction
+            ((name, _),) = _made_at(body, [leaf])
+            filler = body.by_name[name]
+            if made.op in _EMPTY and filler.op != "parameter" and filler.op_name:
+                self.buffers[number] = dataclasses.replace(self.buffers[number], instruction=filler)
 
     def peak(self) -> Peak:
         """The moment at which most is alive."""

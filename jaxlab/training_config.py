@@ -210,8 +210,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
-        for key in ("replica", "data", "fsdp", "tensor"):
-            value = getattr(self, key)
+        for key, value in vars(self).items():
             require(value == -1 or value > 0, key, f"must be positive or -1, got {value}")
-        free = [key for key in ("replica", "data", "fsdp", "tensor") if getattr(self, key) == -1]
+        free = [key for key, value in vars(self).items() if value == -1]
         require(len(free) < 2, free[-1] if free else "fsdp", f"{' and '.join(free)} are both -1")

@@ -21,7 +21,7 @@ from jaxlab.config import ModelConfig
 from jaxlab.models.attention import Attention, KeyValues, ReadingPlan, Slots, write_into
 from jaxlab.models.cache import Cache
 from jaxlab.models.layers import RMSNorm, SwiGLU, normal
-from jaxlab.sharding.rules import constrain, parameter_shardings
+from jaxlab.sharding.rules import constrain, is_spread, parameter_shardings
 from kernels_pallas.memory_attention import ChunkGrid
 
 INIT_STD = 0.02
@@ -228,7 +228,7 @@ def abstract_decoder(
     module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
     params = nnx.to_pure_dict(state)
-    if mesh is not None and mesh.size > 1:
+    if is_spread(mesh):
         shardings = parameter_shardings(mesh, state)
         params = jax.tree.map(lambda x, s: x.update(sharding=s), params, shardings)
     return graphdef, params
@@ -247,7 +247,7 @@ def initial_parameters(config: ModelConfig, seed: int, mesh: Mesh | None = None)
         return nnx.to_pure_dict(nnx.split(decoder)[1])
 
     shardings = None
-    if mesh is not None and mesh.size > 1:
+    if is_spread(mesh):
         shardings = jax.tree.map(lambda x: x.sharding, abstract_decoder(config, mesh)[1])
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed, impl="rbg"))
 

@@ -8,6 +8,7 @@ tensor     heads, feed-forward width and vocabulary are cut along it
 =========  ====================================================================
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxlab.config import MeshConfig, ModelConfig
 from jaxlab.errors import ConfigError
+from jaxlab.sharding.rules import RULES, parts_of
 
-AXES = ("replica", "data", "fsdp", "tensor")
+AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
@@ -48,10 +50,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config, len(devices))
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if devices[0].platform != "tpu" or len(devices) == 1:
-        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 4)
-    if slices > 1:
+        placed = np.array(devices).reshape(sizes)
+    elif (slices := len({getattr(device, "slice_index", 0) or 0 for device in devices})) > 1:
         if sizes[0] % slices:
             raise ConfigError(
                 f"mesh.replica: is {sizes[0]}, and the devices are in {slices} slices: only "
@@ -60,9 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         within = (sizes[0] // slices, *sizes[1:])
         placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
     else:
-        placed = mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True, contiguous_submeshes=False
-        )
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 4)
 
 
@@ -71,25 +70,25 @@ def check_model_fits(mesh: Mesh | AbstractMesh, model: ModelConfig) -> None:
 
     A vocabulary of 0 is not known yet and passes.
     """
-    for axis, key, size in (
-        ("tensor", "heads", model.heads),
-        ("tensor", "kv_heads", model.kv_heads),
-        ("tensor", "ffn_width", model.ffn_width),
-        ("tensor", "vocab_size", model.vocab_size),
-        ("fsdp", "width", model.model_width),
+    for name, key, size in (
+        ("heads", "heads", model.heads),
+        ("kv_heads", "kv_heads", model.kv_heads),
+        ("ffn", "ffn_width", model.ffn_width),
+        ("vocab", "vocab_size", model.vocab_size),
+        ("embed", "width", model.model_width),
     ):
-        parts = mesh.shape[axis]
+        parts = parts_of(mesh, name)
         if size % parts:
             fitting = [n for n in range(1, parts + 1) if size % n == 0]
             raise ConfigError(
-                f"mesh.{axis}: {parts} does not divide model.{key} ({size}); of the sizes up to "
-                f"{parts} these do: {', '.join(map(str, fitting))}"
+                f"mesh.{RULES[name]}: {parts} does not divide model.{key} ({size}); of the "
+                f"sizes up to {parts} these do: {', '.join(map(str, fitting))}"
             )
 
 
 def check_batch_fits(mesh: Mesh | AbstractMesh, key: str, rows: int) -> None:
     """Raises ConfigError when the rows of a micro-batch do not spread evenly over the mesh."""
-    parts = math.prod(mesh.shape[axis] for axis in AXES[:3])
+    parts = parts_of(mesh, "batch")
     if rows % parts:
         raise ConfigError(
             f"{key}: a micro-batch of {rows} rows does not spread over {parts} groups of devices "

@@ -45,27 +45,39 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, abstract: PyTree) -> PyTree:
     )
 
 
-def state_shardings(mesh: Mesh, state: PyTree, parameters: PyTree) -> PyTree:
+def state_shardings(mesh: Mesh | AbstractMesh, state: PyTree, parameters: PyTree) -> PyTree:
     """The sharding of each leaf of a training state, or of any tree that repeats the parameters.
 
     A leaf whose path ends like a parameter's lies as that one does; others are whole on all
     devices.
     """
-    by_path = {_steps(path): value for path, value in jax.tree.leaves_with_path(parameters)}
+    by_path = dict(jax.tree.leaves_with_path(parameters))
     whole = NamedSharding(mesh, PartitionSpec())
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
-        steps = _steps(path)
-        found = (by_path.get(steps[start:]) for start in range(len(steps)))
+        found = (by_path.get(path[start:]) for start in range(len(path)))
         # What a parameter is scaled by may be a single number.
         return next((s for s in found if s is not None and len(s.spec) == leaf.ndim), whole)
 
     return jax.tree_util.tree_map_with_path(of, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array of a batch, whose first axis counts rows."""
-    return NamedSharding(mesh, spec("batch"))
+def batch_sharding(mesh: Mesh) -> NamedSharding | None:
+    """Of every array of a batch, whose first axis counts rows; None on one device."""
+    return NamedSharding(mesh, spec("batch")) if is_spread(mesh) else None
+
+
+def is_spread(mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether there is a mesh and it has several devices: on one, nothing needs a sharding."""
+    return mesh is not None and mesh.size > 1
+
+
+def parts_of(mesh: Mesh | AbstractMesh, name: str) -> int:
+    """Into how many parts a mesh cuts the axis of this logical name."""
+    axes = RULES[name]
+    return math.prod(
+        mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ())
+    )
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -76,11 +88,11 @@ def constrain(x: Array, *names: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    wanted = [
-        axes if size % _parts(mesh, axes) == 0 else None
-        for axes, size in zip(spec(*names), x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*wanted))
+    fitting = (
+        None if name is None or size % parts_of(mesh, name) else name
+        for name, size in zip(names, x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, spec(*fitting))
 
 
 def rows_on_a_device(rows: int) -> int:
@@ -88,14 +100,5 @@ def rows_on_a_device(rows: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return rows
-    parts = _parts(mesh, RULES["batch"])
+    parts = parts_of(mesh, "batch")
     return rows // parts if rows % parts == 0 else rows
-
-
-def _parts(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
-
-
-def _steps(path: tuple) -> tuple[str, ...]:
-    return tuple(str(jax.tree_util.keystr((key,), simple=True)) for key in path)

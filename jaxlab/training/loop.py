@@ -261,7 +261,7 @@ def run_stage(
         training=training,
         guard=run.guard,
         goodput=run.goodput,
-        place=None if run.mesh.size == 1 else batch_sharding(run.mesh),
+        place=batch_sharding(run.mesh),
         record=Recorder(writer.step, units=tokens, offset=offset, advice=advice),
         evaluate=evaluate,
         save=save,
@@ -295,7 +295,7 @@ class _Evaluator:
             samples = None  # trained on facts alone: there is no text to evaluate with memory
         self._samples = samples
         self._batch = stage.batch_size // stage.accumulation
-        self._place = None if run.mesh.size == 1 else batch_sharding(run.mesh)
+        self._place = batch_sharding(run.mesh)
         self._count = min(run.config.training.evaluate_rows, len(rows))
 
     def __call__(self, params) -> float | None:

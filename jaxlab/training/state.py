@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxlab.config import ModelConfig
 from jaxlab.models.decoder import abstract_decoder, initial_parameters
-from jaxlab.sharding.rules import state_shardings
+from jaxlab.sharding.rules import is_spread, state_shardings
 
 
 class TrainState(struct.PyTreeNode):
@@ -34,7 +34,7 @@ def start_state(
     On a mesh of several devices the optimizer's state is made where the parameters lie.
     """
     key, step = jax.random.key(seed), jnp.zeros((), jnp.int32)
-    if mesh is None or mesh.size == 1:
+    if not is_spread(mesh):
         return TrainState(params, jax.jit(optimizer.init)(params), key, step)
     lies = jax.tree.map(lambda x: x.sharding, params)
     shapes = jax.eval_shape(optimizer.init, params)
@@ -48,12 +48,12 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> TrainState:
     """Shapes of the state of a model, with their shardings on a mesh of several devices."""
     _, params = abstract_decoder(config, mesh)
     state = jax.eval_shape(lambda p: start_state(p, optimizer, seed=seed), params)
-    if mesh is None or mesh.size == 1:
+    if not is_spread(mesh):
         return state
     lies = state_shardings(mesh, state, jax.tree.map(lambda x: x.sharding, params))
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, lies)

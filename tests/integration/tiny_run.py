@@ -14,12 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlab.models.decoder import abstract_decoder
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.training.checkpoint import read_weights
 from jaxlab.training.loop import load_run
 from jaxlab.training.metrics import read_metrics
-from jaxlab.training.state import start_state
+from jaxlab.training.state import abstract_state
 from tests.integration.children import Ended, run_child, share_compiled
 
 CONFIG = """
@@ -126,13 +125,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write_corpora(made: Tiny) -> None:
-    draw, words = random.Random(0), WORDS.split()
-    lines = [
+def pages(draw: random.Random) -> str:
+    """The documents that a tiny run is trained on, as lines of JSON."""
+    words = WORDS.split()
+    return "\n".join(
         json.dumps({"id": f"page {number}", "text": " ".join(draw.choices(words, k=60))})
         for number in range(40)
-    ]
-    (made.folder / "corpus.jsonl").write_text("\n".join(lines))
+    )
+
+
+def _write_corpora(made: Tiny) -> None:
+    draw, words = random.Random(0), WORDS.split()
+    (made.folder / "corpus.jsonl").write_text(pages(draw))
     made.notes.mkdir(exist_ok=True)
     for number in range(10):
         text = f"Note {number}: " + " ".join(draw.choices(words, k=12))
@@ -142,9 +146,8 @@ def _write_corpora(made: Tiny) -> None:
 def end_state(run: Path) -> dict[str, tuple]:
     """Every array at the end of a run: parameters, optimizer state, key and step, to the bit."""
     config = load_run(run)
-    _, params = abstract_decoder(config.model)
     optimizer = make_optimizer(config.optimizer, config.stages.continual)
-    template = jax.eval_shape(lambda p: start_state(p, optimizer, seed=config.seed), params)
+    template = abstract_state(config.model, optimizer, seed=config.seed)
     state = read_weights(f"{run}@continual", template)
     state = state.replace(key=jax.random.key_data(state.key))
     return {

@@ -16,7 +16,8 @@ os.environ |= {"NPROC": "32", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
 
 import jax
 
-from jaxlab.config import load_config
+from jaxlab.config import MeshConfig, load_config
+from jaxlab.sharding.mesh import make_mesh
 from jaxlab.training import loop
 from jaxlab.training.metrics import read_metrics
 
@@ -32,9 +33,6 @@ def losses(run: Path) -> list[float]:
 
 def one_device(config):
     """The mesh of a single device, whatever the configuration says."""
-    from jaxlab.config import MeshConfig
-    from jaxlab.sharding.mesh import make_mesh
-
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from jaxlab.config import MeshConfig, ModelConfig
+from jaxlab.config import IREConfig, MeshConfig, ModelConfig, OptimizerConfig, StageConfig
 from jaxlab.errors import ConfigError
 from jaxlab.models.decoder import abstract_decoder
 from jaxlab.models.presets import PRESETS
+from jaxlab.optim.factory import make_optimizer
 from jaxlab.sharding.mesh import AXES, check_batch_fits, check_model_fits, make_mesh, mesh_sizes
 from jaxlab.sharding.rules import constrain, rows_on_a_device, spec
+from jaxlab.training.state import abstract_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "sharding"
 MESHES = {
@@ -92,6 +94,19 @@ def test_every_parameter_lies_where_the_golden_file_says(preset, update_golden):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(golden, indent=1) + "\n")
     assert json.loads(path.read_text()) == golden
+
+
+def test_the_optimizer_and_the_flat_mask_lie_as_the_parameters_do():
+    config = ModelConfig(**PRESETS["llama-229m"])
+    ire = OptimizerConfig(ire=IREConfig(kappa=1.0, curvature_decay=0.5))
+    optimizer = make_optimizer(ire, StageConfig(steps=10, batch_size=8, learning_rate=1e-3))
+    state = abstract_state(config, optimizer, seed=0, mesh=mesh_of(MESHES["llama-229m"]))
+    params = abstract_decoder(config, mesh_of(MESHES["llama-229m"]))[1]
+    lies = jax.tree.map(lambda x: x.sharding.spec, params)
+    adam, flat = state.opt_state[1][0], state.opt_state[-1]
+    for like in (state.params, adam.mu, adam.nu, flat.flat_mask, flat.curvature_average):
+        assert jax.tree.map(lambda x: x.sharding.spec, like) == lies
+    assert state.step.sharding.spec == flat.count.sharding.spec == PartitionSpec()
 
 
 def test_rows_are_spread_over_all_axes_but_tensor():

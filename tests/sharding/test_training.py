@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.tiny_run import CONFIG, WORDS
+from tests.integration.tiny_run import CONFIG, pages
 
 # Sums over devices come in another order, and two stages of two and three steps carry it on.
 TOLERANCE = 1e-5
@@ -18,12 +18,8 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory) -> dict[str, list[float]]:
-    folder, draw = tmp_path_factory.mktemp("meshes"), random.Random(0)
-    lines = [
-        json.dumps({"id": f"page {number}", "text": " ".join(draw.choices(WORDS.split(), k=60))})
-        for number in range(40)
-    ]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    folder = tmp_path_factory.mktemp("meshes")
+    (folder / "corpus.jsonl").write_text(pages(random.Random(0)))
     text = CONFIG.replace("CORPUS", str(folder / "corpus.jsonl"))
     text = text.replace("heads: 2\n  kv_heads: 1", "heads: 4\n  kv_heads: 2")
     text = text.replace("batch_size: 2", "batch_size: 8").replace("keep: 1", "keep: 3")

@@ -245,14 +245,22 @@ class Engine:
 
     @functools.cached_property
     def _decode(self) -> Callable[..., Any]:
-        def decode(params, preface, slots, cache: Cache, tokens):
-            decoder = nnx.merge(self.model.graphdef, params)
-            hidden, cache = decoder(
-                tokens, preface=preface, slots=slots, cache=cache, start=self._start
-            )
-            return decoder.logits(hidden[:, 0]), cache
+        return compile_decode(self.model.graphdef, start=self._start)
 
-        return jax.jit(decode, donate_argnums=3)
+
+def compile_decode(graphdef: Any, *, start: int) -> Callable[..., tuple[Any, Cache]]:
+    """Compiled step of decoding: the next token of each sequence, (B, 1), to logits and cache.
+
+    Its arguments are parameters, preface, slots, cache (whose buffers are reused) and tokens;
+    ``start`` is the position of the context's ``<s>``.
+    """
+
+    def decode(params, preface, slots, cache: Cache, tokens):
+        decoder = nnx.merge(graphdef, params)
+        hidden, cache = decoder(tokens, preface=preface, slots=slots, cache=cache, start=start)
+        return decoder.logits(hidden[:, 0]), cache
+
+    return jax.jit(decode, donate_argnums=3)
 
 
 @functools.partial(jax.jit, static_argnames="sampling")

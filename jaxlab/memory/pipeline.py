@@ -8,16 +8,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError
 from jaxlab.memory.header import BankSpec
 from jaxlab.memory.store import Bank, StoredReference
-from jaxlab.memory.write import encode_references, to_stored
+from jaxlab.memory.write import compile_encode
 from jaxlab.training.corpus import fit_embedder
 from jaxlab.training.load import LoadedModel
 
@@ -40,15 +38,7 @@ class ReferenceEncoder:
     def __init__(self, model: LoadedModel):
         model.require_memory()
         self._model = model
-
-        def encode(params, preface, tokens, lengths):
-            decoder = nnx.merge(model.graphdef, params)
-            memories = encode_references(
-                decoder, tokens, lengths, preface=preface, memory=model.config.memory
-            )
-            return to_stored(memories)
-
-        self._encode = jax.jit(encode)
+        self._encode = compile_encode(model.graphdef, model.config.memory)
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Memories (n, layers, 2, K, m, H) in the compute dtype."""

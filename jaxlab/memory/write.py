@@ -6,7 +6,8 @@ the tokens that receive most attention are kept. The same function writes the ba
 the continual stage's training step, where gradients flow through it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,16 @@ def encode_references(
     slots = jnp.arange(kept.keys.shape[2]) < lengths[:, None]
     memories = Memories(kept.keys, kept.values, slots)
     return jax.lax.stop_gradient(memories) if memory.stop_gradient else memories
+
+
+def compile_encode(graphdef: Any, memory: MemoryConfig) -> Callable[..., Array]:
+    """Compiled function of parameters, preface, tokens (n, R) and lengths: memories as stored."""
+
+    def encode(params, preface, tokens, lengths):
+        decoder = nnx.merge(graphdef, params)
+        return to_stored(encode_references(decoder, tokens, lengths, preface=preface, memory=memory))
+
+    return jax.jit(encode)
 
 
 def as_slots(memories: Memories, *, batch: int) -> Slots:

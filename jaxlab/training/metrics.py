@@ -16,7 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxlab.config import ModelConfig
+from jaxlab.config import MemoryConfig, ModelConfig
+from jaxlab.memory.cost import knowledge_cost
 
 
 class MetricsWriter:
@@ -131,6 +132,16 @@ def train_flops_per_token(model: ModelConfig, *, vocab_size: int, sequence_lengt
     layer = width * (2 * attention + 2 * key_value) + 3 * width * model.ffn_width
     weights = model.layers * layer + width * vocab_size
     return 6.0 * weights + 6.0 * model.layers * attention * sequence_length
+
+
+def memory_flops_per_token(model: ModelConfig, memory: MemoryConfig) -> float:
+    """What the continual stage adds to :func:`train_flops_per_token`, forward and backward.
+
+    Each chunk writes one reference and reads those of its band; recomputation is left out here, too.
+    """
+    cost = knowledge_cost(model, memory, training_length=memory.reference_length)
+    chunk = cost.memory_write + memory.references_per_chunk * cost.memory_read
+    return 3.0 * chunk / memory.chunk_length
 
 
 def model_flops_utilization(

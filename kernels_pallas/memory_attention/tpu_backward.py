@@ -18,6 +18,7 @@ from kernels_pallas.memory_attention.tpu_common import (
     Place,
     Tiling,
     causal_square,
+    cost,
     cut_mask,
     dot,
     seen_keys,
@@ -197,6 +198,7 @@ def backward(operands, lse, delta, grad_out, window, *, table, start, segments, 
         _kernel, tiling=tiling, has_window=window is not None, has_segments=segments is not None
     )
     f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     return pl.pallas_call(
         kernel,
         name="memory_attention_backward",
@@ -207,6 +209,7 @@ def backward(operands, lse, delta, grad_out, window, *, table, start, segments, 
             out_specs=out_specs,
             scratch_shapes=[f32((width, tiling.block_q)), f32((keys, width)), f32((keys, width))],
         ),
-        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        out_shape=shapes,
         compiler_params=settings,
+        cost_estimate=cost(tiling, query, keys, size, products=5, arrays=(*given, *shapes)),
     )(table, start, *given)

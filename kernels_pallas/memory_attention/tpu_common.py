@@ -44,6 +44,24 @@ class Tiling:
         return start + jnp.minimum(block * self.block_q + lanes, self.queries - 1)
 
 
+def cost(tiling: Tiling, query, keys: int, window: int, *, products: int, arrays):
+    """What a kernel with so many matrix products a score does at most, for XLA and for reports.
+
+    query: (B, K, G, T, H); keys: of the context, the last ones the queries' own; window: entries
+    that every query scores besides. The causal mask is counted, packed documents are not.
+    """
+    batch, kv_heads, heads, padded, _ = query.shape
+    before = keys - padded if keys > padded else 0
+    queries = tiling.queries
+    scores = queries * (before + window) + queries * (queries + 1) // 2
+    scores *= batch * kv_heads * heads
+    return pl.CostEstimate(
+        flops=2 * products * scores * tiling.head_dim,
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * jnp.dtype(x.dtype).itemsize for x in arrays),
+    )
+
+
 def dot(x, y, dimensions):
     """A matrix product with float32 sums; float32 operands are not rounded."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

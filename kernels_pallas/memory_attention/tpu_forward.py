@@ -21,6 +21,7 @@ from kernels_pallas.memory_attention.tpu_common import (
     Place,
     Tiling,
     causal_square,
+    cost,
     cut_mask,
     dot,
     seen_keys,
@@ -217,6 +218,12 @@ def forward(query, key, value, window, *, table, start, segments, tiling: Tiling
     f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
     row = (8, tiling.block_q)
     logits = (max(tiling.block_k, size), tiling.block_q)
+    operands = (query, key, value, *(window or ()), *(segments or ()))
+    shapes = [
+        jax.ShapeDtypeStruct((batch, kv_heads, heads, width, queries), query.dtype),
+        jax.ShapeDtypeStruct((batch, kv_heads, heads, queries), jnp.float32),
+    ]
+    arrays = (*operands, *shapes)
     return pl.pallas_call(
         kernel,
         name="memory_attention_forward",
@@ -239,9 +246,7 @@ def forward(query, key, value, window, *, table, start, segments, tiling: Tiling
                 f32(row),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, kv_heads, heads, width, queries), query.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, heads, queries), jnp.float32),
-        ],
+        out_shape=shapes,
         compiler_params=settings,
-    )(table, start, query, key, value, *(window or ()), *(segments or ()))
+        cost_estimate=cost(tiling, query, key.shape[2], size, products=2, arrays=arrays),
+    )(table, start, *operands)

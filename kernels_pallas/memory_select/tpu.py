@@ -7,6 +7,7 @@ for the exponential form, over receivers for the softmax.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -185,8 +186,19 @@ def _run(kernel, query, key, valid, *, per_tile, dtype, selection, pooling):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
+        cost_estimate=_cost(query, key),
         name="memory_select",
     )(*operands)
+
+
+def _cost(query, key) -> pl.CostEstimate:
+    """One product of queries and keys, without the causal mask."""
+    scores = math.prod(query.shape[:3]) * key.shape[1]
+    return pl.CostEstimate(
+        flops=2 * scores * query.shape[3],
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (query, key)),
+    )
 
 
 def attention_received(query, key, valid, *, selection, pooling):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlab.errors import ConfigError, Interrupted, JaxlabError, Preempted
+from jaxlab.preflight.command import add_commands
 from jaxlab.tools.interrupts import interruptible
 from jaxlab.tools.output import one_line, print_citations, write_json
 from kernels_pallas.without_tpu import choose_cpu
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _memory_commands(commands, source)
     _generate_command(commands)
     _evaluation_commands(commands, source)
+    add_commands(commands, _command, _positive)
     _command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
     return parser
 

@@ -99,7 +99,9 @@ def compile_encode(graphdef: Any, memory: MemoryConfig) -> Callable[..., Array]:
 
     def encode(params, preface, tokens, lengths):
         decoder = nnx.merge(graphdef, params)
-        return to_stored(encode_references(decoder, tokens, lengths, preface=preface, memory=memory))
+        return to_stored(
+            encode_references(decoder, tokens, lengths, preface=preface, memory=memory)
+        )
 
     return jax.jit(encode)
 

@@ -78,7 +78,7 @@ def _item(config: ExperimentConfig) -> int:
 
 
 def _numbers_in_a_layer(config: ExperimentConfig, tensor: int) -> tuple[float, float]:
-    """Per token: numbers that the products of one layer make, and all that its backward may keep."""
+    """Per token: numbers that one layer's products make, and all that its backward may keep."""
     model = config.model
     inner = (2 * model.heads + 2 * model.kv_heads) * model.head_dim + 3 * model.ffn_width
     products = 2 * model.model_width + inner / tensor

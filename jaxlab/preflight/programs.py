@@ -1,4 +1,4 @@
-"""The programs that a pod would run, as functions of shapes: train step, decode step, write step."""
+"""The programs that a pod would run, as functions of shapes: a step of train, decode or write."""
 
 import dataclasses
 from typing import Any
@@ -19,6 +19,7 @@ from jaxlab.sharding.mesh import check_batch_fits, check_model_fits
 from jaxlab.sharding.rules import spec
 from jaxlab.training.metrics import memory_flops_per_token, train_flops_per_token
 from jaxlab.training.program import TrainProgram
+from jaxlab.training.step import SequenceFormat
 
 MODES = ("train", "decode", "write")
 # ``<s>Reference:`` in the tokens of some tokenizer: a few, whose number changes nothing of note.
@@ -74,7 +75,12 @@ def stage_of(config: ExperimentConfig, name: str | None) -> str:
 def _train(config: ExperimentConfig, mesh: Mesh, name: str) -> Program:
     stage = config.stages.named()[name]
     check_batch_fits(mesh, f"stages.{name}.batch_size", stage.batch_size // stage.accumulation)
-    program = TrainProgram(config, name, mesh)
+    form = SequenceFormat(
+        bos_id=1,
+        preface_ids=tuple(range(PREFACE_TOKENS)) if stage.memory else (),
+        memory=config.memory if stage.memory else None,
+    )
+    program = TrainProgram(config, name, mesh, form)
     tokens = stage.batch_size * config.data.sequence_length
     length = config.data.sequence_length
     vocab = config.model.vocab_size
@@ -113,7 +119,9 @@ def _placed(mesh: Mesh, tree: PyTree, *names: str | None) -> PyTree:
 
 def _require_memory(config: ExperimentConfig, mode: str) -> None:
     if not config.model.memory_layers:
-        raise ConfigError(f"--mode {mode}: model.memory_layers is 0, so there is no memory to {mode}")
+        raise ConfigError(
+            f"--mode {mode}: model.memory_layers is 0, so there is no memory to {mode}"
+        )
 
 
 def _preface(config: ExperimentConfig, mesh: Mesh) -> Prefix:

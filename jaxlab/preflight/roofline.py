@@ -113,7 +113,9 @@ def read_prices(path: str | os.PathLike) -> Prices:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no keys; give date, currency and per_chip_hour")
     for key in ("date", "currency", "per_chip_hour"):

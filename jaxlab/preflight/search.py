@@ -20,7 +20,7 @@ Compile = Callable[[ExperimentConfig], Analysis]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A configuration that differs from the given one by ``changes``, each as ``--set`` takes it."""
+    """A configuration that differs from the given one by ``changes``, as ``--set`` takes them."""
 
     changes: tuple[str, ...]
     config: ExperimentConfig
@@ -156,9 +156,7 @@ def cures(
     """
     ranked = candidates(config, where, devices, stage)
     promising = [
-        one
-        for one in ranked
-        if one.changes and one.estimate.bytes <= _SLACK * where.chip.hbm_bytes
+        one for one in ranked if one.changes and one.estimate.bytes <= _SLACK * where.chip.hbm_bytes
     ]
     report(f"it does not fit: trying the cheapest of {len(promising)} changes that may mend it")
     compiler = _compiler(where, devices, stage)

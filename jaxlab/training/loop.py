@@ -40,7 +40,7 @@ from jaxlab.training.metrics import (
     model_flops_utilization,
     train_flops_per_token,
 )
-from jaxlab.training.program import TrainProgram, sequence_format
+from jaxlab.training.program import TrainProgram, resolve_model, sequence_format
 from jaxlab.training.state import TrainState, start_state
 from jaxlab.training.step import compile_loss
 from jaxlab.training.steps import Recorder, run_steps
@@ -84,14 +84,6 @@ def _program(config: ExperimentConfig, tokenizer: Tokenizer, name: str, mesh: Me
     stage = config.stages.named()[name]
     form = sequence_format(config, tokenizer, memory=stage.memory)
     return TrainProgram(config, name, mesh, form)
-
-
-def resolve_model(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
-    """The configuration with the vocabulary of its tokenizer, if it names none itself."""
-    if config.model.vocab_size:
-        return config
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    return dataclasses.replace(config, model=model)
 
 
 def train(

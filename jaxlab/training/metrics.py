@@ -137,7 +137,7 @@ def train_flops_per_token(model: ModelConfig, *, vocab_size: int, sequence_lengt
 def memory_flops_per_token(model: ModelConfig, memory: MemoryConfig) -> float:
     """What the continual stage adds to :func:`train_flops_per_token`, forward and backward.
 
-    Each chunk writes one reference and reads those of its band; recomputation is left out here, too.
+    Each chunk writes one reference and reads those of its band; recomputation is left out, too.
     """
     cost = knowledge_cost(model, memory, training_length=memory.reference_length)
     chunk = cost.memory_write + memory.references_per_chunk * cost.memory_read

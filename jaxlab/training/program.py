@@ -24,7 +24,7 @@ from jaxlab.training.step import Batch, Metrics, SequenceFormat, compile_train_s
 class TrainProgram:
     """A stage of a run, compiled when it is first called.
 
-    ``config`` has a vocabulary (:func:`jaxlab.training.loop.resolve_model`). Under
+    ``config`` has a vocabulary (:func:`resolve_model`). Under
     ``jax.set_mesh(mesh)``, ``program.step.lower(program.state, program.batch)`` is the very step of
     a run.
     """
@@ -100,3 +100,11 @@ def sequence_format(
     return SequenceFormat(
         bos_id=tokenizer.bos_id, preface_ids=tokenizer.preface_ids, memory=config.memory
     )
+
+
+def resolve_model(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
+    """The configuration with the vocabulary of its tokenizer, if it names none itself."""
+    if config.model.vocab_size:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model)

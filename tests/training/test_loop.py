@@ -20,8 +20,8 @@ from jaxlab.models.attention import Slots
 from jaxlab.models.decoder import context_start, encode_preface
 from jaxlab.sharding.mesh import make_mesh
 from jaxlab.training.corpus import Corpus, stage_sources
-from jaxlab.training.loop import load_run, resolve_model
-from jaxlab.training.program import TrainProgram, sequence_format
+from jaxlab.training.loop import load_run
+from jaxlab.training.program import TrainProgram, resolve_model, sequence_format
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat, compile_train_step
 from tests.inference.small import small_tokenizer

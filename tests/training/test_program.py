@@ -9,8 +9,7 @@ from jaxlab.config import MeshConfig, load_config
 from jaxlab.data.pipeline import training_iterator
 from jaxlab.sharding.mesh import make_mesh
 from jaxlab.training.corpus import prepare_corpus, prepare_neighbourhood, stage_sources
-from jaxlab.training.loop import resolve_model
-from jaxlab.training.program import TrainProgram, sequence_format
+from jaxlab.training.program import TrainProgram, resolve_model, sequence_format
 from jaxlab.training.state import fresh_state
 from tests.integration.tiny_run import CONFIG, pages
 

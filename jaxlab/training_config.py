@@ -190,10 +190,14 @@ class TrainingConfig:
     save_every: int = 0
     keep: int = 3  # newest checkpoints kept besides the permanent ones
     peak_flops: float | None = None  # of one device, per second: what MFU is a share of
+    # A step that is silent for so long hangs, and the process ends (other work: ten times as long):
+    # no step of a sound run is near ten minutes. None: wait forever.
+    hang_seconds: float | None = 600.0
+    skip_nonfinite: int = 0  # steps in a row whose loss or gradient may be infinite or NaN
 
     def __post_init__(self):
-        positive(self, "log_every", "evaluate_rows", "keep", "peak_flops")
-        not_negative(self, "evaluate_every", "save_every")
+        positive(self, "log_every", "evaluate_rows", "keep", "peak_flops", "hang_seconds")
+        not_negative(self, "evaluate_every", "save_every", "skip_nonfinite")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,8 +126,12 @@ class Checkpoints:
             if jax.process_index() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
         if reason := agree(problem and one_line(problem)):
+            cure = ""
+            if isinstance(problem, PermissionError):
+                cure = f"; let this account write to {self._root}, or train into another directory"
             raise CheckpointError(
                 f"{target}: the checkpoint was not written: {reason}; earlier ones are untouched"
+                + cure
             ) from problem
         self._prune()
         return target

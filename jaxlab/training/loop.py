@@ -32,9 +32,9 @@ from jaxlab.training.corpus import (
     prepare_neighbourhood,
     stage_sources,
 )
+from jaxlab.training.goodput import FILE, Goodput
 from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.metrics import (
-    Goodput,
     MetricsWriter,
     NoMetrics,
     model_flops_utilization,
@@ -44,6 +44,7 @@ from jaxlab.training.program import TrainProgram, resolve_model, sequence_format
 from jaxlab.training.state import TrainState, start_state
 from jaxlab.training.step import compile_loss
 from jaxlab.training.steps import Recorder, run_steps
+from jaxlab.training.watchdog import Watchdog
 
 CONFIG_FILE = "config.yaml"
 
@@ -95,7 +96,14 @@ def train(
     any step, never in the middle of a save.
     """
     run, report = Path(run), reporter(report)
-    goodput = Goodput()
+    with Watchdog(config.training.hang_seconds, run) as watchdog:
+        goodput = Goodput(run / FILE if leads() else None, beat=watchdog.beat, report=report)
+        return _train(config, run, goodput, report)
+
+
+def _train(
+    config: ExperimentConfig, run: Path, goodput: Goodput, report: Callable[[str], None]
+) -> TrainResult:
     with goodput.measure("init"), _all_or_nothing(run):
         checkpoints = Checkpoints(
             run,
@@ -131,8 +139,8 @@ def train(
         )
         result = _run_stages(shared, state, position)
         result = dataclasses.replace(result, preempted=result.interrupted and guard.preempted)
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
-    report(f"goodput {goodput.share():.2f}; seconds: {spent}")
+    goodput.close()
+    report(goodput.summary())
     return result
 
 
@@ -153,6 +161,7 @@ def _run_stages(run: _Run, state: TrainState, position: dict[str, Any]) -> Train
     names = list(stages)
     if position["step"]:
         run.report(f"resuming at step {position['step']} ({position['stage']})")
+        run.report(run.goodput.summary())
     run.metrics.truncate(position["step"])
     offset = 0
     for number, name in enumerate(names):
@@ -229,7 +238,15 @@ def run_stage(
         kept = run.checkpoints.latest() is not None
         return changes + "; init_from set to this directory keeps its last weights" * kept
 
-    tokens = stage.batch_size * config.data.sequence_length
+    record = Recorder(
+        writer.step,
+        units=stage.batch_size * config.data.sequence_length,
+        rows=stage.batch_size,
+        offset=offset,
+        advice=advice,
+        report=run.report,
+        skip=config.training.skip_nonfinite,
+    )
     return run_steps(
         state,
         program.step,
@@ -240,7 +257,7 @@ def run_stage(
         guard=run.guard,
         goodput=run.goodput,
         place=place,
-        record=Recorder(writer.step, units=tokens, offset=offset, advice=advice),
+        record=record,
         evaluate=evaluate,
         save=save,
     )

@@ -1,4 +1,4 @@
-"""What a run reports about itself: metrics.jsonl, TensorBoard, FLOPs, goodput, progress."""
+"""What a run reports about itself: metrics.jsonl, TensorBoard, FLOPs, progress."""
 
 import contextlib
 import importlib.util
@@ -7,8 +7,7 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,55 +150,6 @@ def model_flops_utilization(
     if peak_flops is None:
         return None
     return tokens_per_second * flops_per_token / (peak_flops * devices)
-
-
-class Goodput:
-    """Where a run's wall time went, and the share of it that trained the model.
-
-    >>> goodput = Goodput()
-    >>> with goodput.measure("step"):
-    ...     pass
-
-    Time outside every ``measure`` is reported as ``other``. Nested measures count once, for the
-    inner activity.
-    """
-
-    ACTIVITIES = ("init", "compile", "data", "step", "evaluate", "save")
-
-    def __init__(self, clock=time.perf_counter):
-        self._clock = clock
-        self._start = self._mark = clock()
-        self._active = ["other"]
-        self._seconds = dict.fromkeys((*self.ACTIVITIES, "other"), 0.0)
-
-    @contextlib.contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
-        """Count the time inside the block towards ``activity``, one of ACTIVITIES."""
-        if activity not in self.ACTIVITIES:
-            raise ValueError(f"{activity!r} is none of {', '.join(self.ACTIVITIES)}")
-        self._turn()
-        self._active.append(activity)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._active.pop()
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by activity so far; they add up to the time since the start."""
-        self._turn()
-        return dict(self._seconds)
-
-    def share(self) -> float:
-        """Goodput: seconds spent in steps, as a share of all."""
-        seconds = self.seconds()
-        total = sum(seconds.values())
-        return seconds["step"] / total if total else 0.0
-
-    def _turn(self) -> None:
-        now = self._clock()
-        self._seconds[self._active[-1]] += now - self._mark
-        self._mark = now
 
 
 class ProgressBar:

@@ -62,7 +62,10 @@ class TrainProgram:
         parts["accumulation"] = self.stage.accumulation
         ire = self.config.optimizer.ire
         curvature = ire and batch_curvature(ire, **parts)
-        return compile_train_step(optimizer=self.optimizer, curvature=curvature, **parts)
+        skip = self.config.training.skip_nonfinite > 0
+        return compile_train_step(
+            optimizer=self.optimizer, curvature=curvature, skip_nonfinite=skip, **parts
+        )
 
     @functools.cached_property
     def state(self) -> TrainState:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from kernels_pallas.memory_attention import ChunkGrid
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
+# A training state of any workload: parameters, optimizer, and the number of its step.
+State = TypeVar("State")
 BatchCurvature = Callable[[PyTree, Array, Batch], PyTree]
 
 
@@ -114,10 +116,13 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     accumulation: int = 1,
     curvature: BatchCurvature | None = None,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one batch; the loss is the mean over the tokens that count.
 
-    The optimizer may ask for the gradient elsewhere (SAM) and for a curvature (IRE).
+    The optimizer may ask for the gradient elsewhere (SAM) and for a curvature (IRE). With
+    ``skip_nonfinite`` a step whose loss or gradient is not finite changes the count alone, and is
+    told by the number ``skipped``.
     """
 
     def gradients_at(params: PyTree) -> tuple[Float[Array, ""], PyTree]:
@@ -130,7 +135,18 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **extra)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **flat_shares(opt_state)}
     params = optax.apply_updates(state.params, updates)
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+    new = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+    return skip_unless_finite(new, state, metrics) if skip_nonfinite else (new, metrics)
+
+
+def skip_unless_finite(new: State, old: State, metrics: Metrics) -> tuple[State, Metrics]:
+    """``old`` with the count of steps of ``new`` when the step's loss or gradient is not finite.
+
+    A gradient that is not finite somewhere has a norm that is not.
+    """
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return kept.replace(step=new.step), {**metrics, "skipped": 1.0 - finite}
 
 
 def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -8,8 +8,9 @@ import jax
 
 from jaxlab.config import TrainingConfig
 from jaxlab.sharding.processes import leads
-from jaxlab.training.guards import InterruptGuard, check_finite
-from jaxlab.training.metrics import Goodput, ProgressBar
+from jaxlab.training.goodput import Goodput
+from jaxlab.training.guards import InterruptGuard, NotFiniteError, check_finite
+from jaxlab.training.metrics import ProgressBar
 
 # Steps done, and their last numbers on the device.
 Pending = tuple[int, dict[str, jax.Array]]
@@ -20,7 +21,7 @@ class Recorder:
 
     ``write(done, numbers, speed)`` gets them as floats; ``speed`` is ``units`` (tokens, images) a
     second, None for the first step of a call, which is compilation. ``advice`` says what to do when
-    they are not finite.
+    they are not finite. Steps that were skipped for that are reported; ``skip`` in a row may be.
     """
 
     def __init__(
@@ -28,12 +29,16 @@ class Recorder:
         write: Callable[..., None],
         *,
         units: int,
+        rows: int,
         advice: Callable[[], str],
+        report: Callable[[str], None],
         offset: int = 0,
+        skip: int = 0,
     ):
-        self._write, self._units, self._offset = write, units, offset
-        self._advice = advice
+        self._write, self._units, self._rows, self._offset = write, units, rows, offset
+        self._advice, self._report, self._skip = advice, report, skip
         self._mark: float | None = None
+        self._skipped = 0
 
     def __call__(
         self, pending: Pending | None, bar: ProgressBar, *, then: Pending | None = None
@@ -42,13 +47,33 @@ class Recorder:
         if pending is not None:
             done, numbers = pending
             numbers = {key: float(value) for key, value in jax.device_get(numbers).items()}
-            check_finite(numbers, self._offset + done, self._advice)
+            self._check(done, numbers)
             now = time.perf_counter()
             speed = None if self._mark is None else self._units / (now - self._mark)
             self._mark = now
             self._write(done, numbers, speed)
             bar.update(done, loss=numbers["loss"])
         return then
+
+    def _check(self, done: int, numbers: dict[str, float]) -> None:
+        step = self._offset + done
+        if not numbers.get("skipped"):
+            self._skipped = 0
+            check_finite(numbers, step, self._advice)
+            return
+        self._skipped += 1
+        if self._skipped <= self._skip:
+            self._report(
+                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: "
+                f"skipped ({self._skipped} of {self._skip} in a row)"
+            )
+            return
+        first = done - self._skipped
+        raise NotFiniteError(
+            f"steps {step - self._skipped + 1} to {step} were not finite and "
+            f"training.skip_nonfinite is {self._skip}; their batches are {first} to {done - 1} "
+            f"of this stage's order, rows {first * self._rows} to {done * self._rows - 1}; {self._advice()}"
+        )
 
 
 def run_steps(
@@ -94,6 +119,7 @@ def run_steps(
             if saves:
                 with goodput.measure("save"):
                     save(done, state, last)
+                goodput.saved()
             if last or stop:
                 record(pending, bar)
                 return state, stop and not last
@@ -104,6 +130,7 @@ def run_steps(
                 if done == first:
                     jax.block_until_ready(numbers)
                 done += 1
+                goodput.sign_of_life()
                 pending = record(pending, bar, then=(done, numbers))
 
 

@@ -21,10 +21,12 @@ from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights, split_location
+from jaxlab.training.goodput import FILE, Goodput
 from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.loop import CONFIG_FILE, TrainResult
-from jaxlab.training.metrics import Goodput, MetricsWriter
+from jaxlab.training.metrics import MetricsWriter
 from jaxlab.training.steps import Recorder, run_steps
+from jaxlab.training.watchdog import Watchdog
 from jaxlab.workloads.vision_config import VisionConfig
 from jaxlab.workloads.vision_step import (
     VisionState,
@@ -89,7 +91,15 @@ def train_vision(
     Raises JaxlabError for images or checkpoints that cannot be used and for a loss that is not
     finite.
     """
-    run, goodput = Path(run), Goodput()
+    run = Path(run)
+    with Watchdog(config.training.hang_seconds, run) as watchdog:
+        goodput = Goodput(run / FILE, beat=watchdog.beat, report=report)
+        return _train(config, run, goodput, report)
+
+
+def _train(
+    config: VisionConfig, run: Path, goodput: Goodput, report: Callable[[str], None]
+) -> TrainResult:
     with goodput.measure("init"):
         data = read_images(config)
         report(f"{config.data.source}: {_check_images(config, data)}")
@@ -110,8 +120,8 @@ def train_vision(
         trainer = _Trainer(config, data, model, checkpoints, metrics, goodput, guard, report)
         result = trainer.run(state, position)
         result = dataclasses.replace(result, preempted=result.interrupted and guard.preempted)
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in goodput.seconds().items())
-    report(f"goodput {goodput.share():.2f}; seconds: {spent}")
+    goodput.close()
+    report(goodput.summary())
     return result
 
 
@@ -174,6 +184,9 @@ class _Trainer:
             record=Recorder(
                 self._write,
                 units=stage.batch_size,
+                rows=stage.batch_size,
+                report=self.report,
+                skip=config.training.skip_nonfinite,
                 advice=lambda: divergence_advice(config.optimizer, stage, "stage"),
             ),
             evaluate=functools.partial(self._evaluate, logits),

@@ -24,6 +24,7 @@ from jaxlab.data.randaugment import rand_augment
 from jaxlab.models.vision import VisionModel
 from jaxlab.optim.curvature import random_ranks, sampled_label_gradient, sampled_label_root_fisher
 from jaxlab.optim.flat_mask import flat_shares
+from jaxlab.training.step import skip_unless_finite
 from jaxlab.workloads.vision_config import VisionConfig
 
 Batch = dict[str, Array]
@@ -161,7 +162,7 @@ def vision_step(
     optimizer = optax.with_extra_args_support(optimizer)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, **extra)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **flat_shares(opt_state)}
-    state = VisionState(
+    new = VisionState(
         params=optax.apply_updates(state.params, updates),
         statistics=statistics,
         opt_state=opt_state,
@@ -170,7 +171,8 @@ def vision_step(
         mean_loss=mean_loss,
         ire_start=ire_start,
     )
-    return state, metrics
+    skips = config.training.skip_nonfinite > 0
+    return skip_unless_finite(new, state, metrics) if skips else (new, metrics)
 
 
 def _watched_loss(

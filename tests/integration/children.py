@@ -6,6 +6,7 @@ once, and forks a process for each command line before any backend or thread is 
 
 import atexit
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,76 @@ def fill_disk_after_save(count: int, free: int) -> None:
         return usage(path)._replace(free=free)
 
     _after_save(count, lambda: setattr(shutil, "disk_usage", nearly_full))
+
+
+def deny_after_save(count: int) -> None:
+    """Nothing may be made below ``checkpoints`` once the ``count``-th save has returned."""
+    make = Path.mkdir
+
+    def denied(self, *arguments, **options):
+        if "checkpoints" in self.parent.parts:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        make(self, *arguments, **options)
+
+    _after_save(count, lambda: setattr(Path, "mkdir", denied))
+
+
+def terminate_after_save(count: int) -> None:
+    """SIGTERM when the ``count``-th save has returned."""
+    _after_save(count, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def hang_at_step(step: int) -> None:
+    """The ``step``-th step of a stage never returns."""
+    from jaxlab.training import program
+
+    compile_step = program.compile_train_step
+
+    def compiled(**parts):
+        function, calls = compile_step(**parts), []
+
+        def hanging(state, batch):
+            calls.append(True)
+            if len(calls) == step:
+                threading.Event().wait()
+            return function(state, batch)
+
+        return hanging
+
+    program.compile_train_step = compiled
+
+
+def spoil_gradients(*steps: int) -> None:
+    """The losses of these steps of a stage, counted from 1, are NaN."""
+    from jaxlab.training import step as training_step
+
+    gradients = training_step._gradients
+
+    def spoilt(params, graphdef, form, batch, accumulation):
+        loss, found = gradients(params, graphdef, form, batch, accumulation)
+        return loss * batch["spoilt"][0], found
+
+    from jaxlab.training import program
+
+    compile_step = program.compile_train_step
+
+    def compiled(**parts):
+        import numpy as np
+
+        function, calls = compile_step(**parts), []
+
+        def step(state, batch):
+            calls.append(True)
+            factor = np.float32("nan") if len(calls) in steps else np.float32(1)
+            import jax
+
+            given = jax.device_put(np.full(len(batch["tokens"]), factor))
+            return function(state, {**batch, "spoilt": given})
+
+        return step
+
+    training_step._gradients = spoilt
+    program.compile_train_step = compiled
 
 
 def _after_save(count: int, act: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """A run that was broken off, however often and wherever, ends as the unbroken run does."""
 
+import json
 import random
 import re
 import shlex
@@ -128,6 +129,70 @@ def test_no_room_for_a_checkpoint_is_one_error_and_the_one_before_is_kept(tiny, 
     ended = tiny.child(tmp_path, *train)
     assert ended.code == 0 and resumed_at(ended.out) == 2, ended.err
     require_equal_runs(run, tiny.run)
+
+
+def test_no_permission_for_a_checkpoint_is_one_error_that_names_the_cure(tiny, tmp_path):
+    run = tmp_path / "run"
+    train = ("train", tiny.config, "--out", run)
+    ended = tiny.child(tmp_path, *train, before=[("deny_after_save", 2)])
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    target = run / "checkpoints" / "000000003"
+    assert line.startswith(f"error: {target}: the checkpoint was not written: [Errno 13] ")
+    assert line.endswith(
+        "let this account write to " + f"{run}/checkpoints, or train into another directory"
+    )
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["000000001", "000000002-warmup"]
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(tiny, tmp_path):
+    run = tmp_path / "run"
+    train = ("train", tiny.config, "--set", "training={save_every: 1, keep: 1, evaluate_rows: 2}")
+    ended = tiny.child(tmp_path, *train, "--out", run, before=[("terminate_after_save", 3)])
+    assert ended.code == 75 and ended.err == ""
+    last = ended.out.splitlines()[-1]
+    assert last.startswith("preempted: saved at step 4 (continual); resume with: jaxlab train ")
+    ended = tiny.child(tmp_path, *train, "--out", run)
+    assert ended.code == 0 and resumed_at(ended.out) == 4, ended.err
+    assert end_state(run) == end_state(tiny.run)
+    times = json.loads((run / "goodput.json").read_text())
+    # The fourth step was saved before the process ended: nothing was lost.
+    assert times["starts"] == 2 and times["seconds"]["lost"] == 0 < times["seconds"]["down"]
+
+
+def test_a_hang_is_ended_with_the_stacks_of_all_threads(tiny, tmp_path):
+    run = tmp_path / "run"
+    hang = ("--set", "training={save_every: 1, keep: 1, evaluate_rows: 2, hang_seconds: 1.0}")
+    train = ("train", tiny.config, *hang, "--out", run)
+    ended = tiny.child(tmp_path, *train, before=[("hang_at_step", 2)])
+    assert ended.code == 76
+    assert "nothing has happened for" in ended.err and "in 'step'" in ended.err
+    stacks = (run / "hang-0.txt").read_text()
+    assert "hanging" in stacks and "run_steps" in stacks
+    ended = tiny.child(tmp_path, "train", tiny.config, "--out", run)
+    assert ended.code == 0 and resumed_at(ended.out) == 1, ended.err
+    assert end_state(run) == end_state(tiny.run)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_too_many_name_their_batches(tiny, tmp_path):
+    skip = (
+        "--set",
+        "training.skip_nonfinite=1",
+        "training.save_every=0",
+        "stages.continual.steps=4",
+    )
+    train = ("train", tiny.config, *skip, "--out")
+    ended = tiny.child(tmp_path, *train, tmp_path / "a", before=[("spoil_gradients", 2, 4)])
+    assert ended.code == 0, ended.err
+    skipped = [line for line in ended.out.splitlines() if "skipped" in line]
+    assert [line.split(":")[0] for line in skipped] == ["step 2", "step 4", "step 6"]
+    assert all(line.endswith("skipped (1 of 1 in a row)") for line in skipped)
+    ended = tiny.child(tmp_path, *train, tmp_path / "b", before=[("spoil_gradients", 2, 3)])
+    assert ended.code == 3
+    (line,) = ended.err.splitlines()
+    assert "steps 4 to 5 were not finite and training.skip_nonfinite is 1" in line
+    assert "their batches are 1 to 2 of this stage's order, rows 2 to 5" in line
 
 
 def test_neither_evaluation_nor_saving_changes_the_training(tiny, tmp_path):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxlab.config import load_config
+from jaxlab.config import IREConfig, OptimizerConfig, StageConfig, load_config
 from jaxlab.data.facts import FactSamples
 from jaxlab.data.packing import Rows
 from jaxlab.data.pipeline import TextSamples
@@ -18,8 +18,10 @@ from jaxlab.errors import CheckpointError
 from jaxlab.memory.write import as_slots, encode_references
 from jaxlab.models.attention import Slots
 from jaxlab.models.decoder import context_start, encode_preface
+from jaxlab.optim.factory import make_optimizer
 from jaxlab.sharding.mesh import make_mesh
 from jaxlab.training.corpus import Corpus, stage_sources
+from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.loop import load_run
 from jaxlab.training.program import TrainProgram, resolve_model, sequence_format
 from jaxlab.training.state import start_state
@@ -161,3 +163,31 @@ def test_each_stage_and_each_seed_draws_labels_of_its_own_for_ire():
             state = program.optimizer.init({"embedding": jnp.ones((2, 3))})
             keys.add(optax.tree.get(state, "curvature_key").tobytes())
     assert len(keys) == 4
+
+
+def test_a_skipped_step_changes_nothing_but_the_count():
+    config = tiny_config(layers=1, memory_layers=0)
+    graphdef, params = nnx.split(tiny_decoder(config))
+    parts = {"graphdef": graphdef, "form": SequenceFormat(bos_id=1)}
+    ire = IREConfig(kappa=1.0, start_step=0, update_interval=1, curvature_decay=0.5)
+    stage = StageConfig(steps=5, batch_size=2, learning_rate=0.1)
+    optimizer = make_optimizer(OptimizerConfig(ire=ire), stage)
+    step = compile_train_step(
+        optimizer=optimizer,
+        curvature=batch_curvature(ire, **parts),
+        skip_nonfinite=True,
+        **parts,
+    )
+    state = start_state(jax.tree.map(jnp.asarray, nnx.to_pure_dict(params)), optimizer, seed=0)
+    batch = {"tokens": random_tokens(0, 2, 8), "loss_mask": jnp.ones((2, 8))}
+    state, numbers = step(state, batch)
+    assert numbers["skipped"] == 0
+    before = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+    spoilt = {**batch, "loss_mask": batch["loss_mask"] * jnp.nan}
+    after, numbers = step(state, spoilt)
+    assert numbers["skipped"] == 1 and not np.isfinite(numbers["loss"])
+    after = after.replace(key=jax.random.key_data(after.key))
+    assert after.step == before.step + 1
+    same = after.replace(step=before.step)
+    for left, right in zip(jax.tree.leaves(same), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(left, right)

@@ -19,7 +19,6 @@ from jaxlab.training.guards import (
     divergence_advice,
 )
 from jaxlab.training.metrics import (
-    Goodput,
     MetricsWriter,
     ProgressBar,
     model_flops_utilization,
@@ -76,26 +75,6 @@ def test_flops_per_token_are_six_a_weight_and_six_a_score():
 def test_mfu_is_a_share_of_the_stated_peak_and_none_without_one():
     assert model_flops_utilization(10.0, 5.0, peak_flops=100.0, devices=2) == 0.25
     assert model_flops_utilization(10.0, 5.0, peak_flops=None, devices=2) is None
-
-
-def test_goodput_adds_up_and_nested_time_counts_for_the_inner_activity():
-    now = [0.0]
-    goodput = Goodput(clock=lambda: now[0])
-    now[0] = 1
-    with goodput.measure("step"):
-        now[0] = 4
-        with goodput.measure("compile"):
-            now[0] = 6
-        now[0] = 9
-    now[0] = 10
-    seconds = goodput.seconds()
-    assert (seconds["step"], seconds["compile"], seconds["other"]) == (6, 2, 2)
-    assert sum(seconds.values()) == 10 and goodput.share() == 0.6
-    with (
-        pytest.raises(ValueError, match="'lunch' is none of init, compile"),
-        goodput.measure("lunch"),
-    ):
-        pass
 
 
 def test_progress_prints_a_line_every_few_steps_where_there_is_no_terminal():

@@ -72,7 +72,8 @@ class Recorder:
         raise NotFiniteError(
             f"steps {step - self._skipped + 1} to {step} were not finite and "
             f"training.skip_nonfinite is {self._skip}; their batches are {first} to {done - 1} "
-            f"of this stage's order, rows {first * self._rows} to {done * self._rows - 1}; {self._advice()}"
+            f"of this stage's order, rows {first * self._rows} to {done * self._rows - 1}; "
+            f"{self._advice()}"
         )
 
 

@@ -94,7 +94,7 @@ def show(
     found: Analysis, where: Topology, prices: Prices | None, console: Console | None = None
 ) -> None:
     """Print what a preflight found."""
-    out = console or Console(highlight=False)
+    out = console or _console()
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1)
     out.print(f"[bold]{found.program}[/bold] on {where}, {mesh or 'one device'}")
     out.print(f"{fits_in_words(found.memory)}; compiled in {found.compile_seconds:.0f} s")
@@ -118,6 +118,12 @@ def show(
     _show_speeds(found, where, prices, out)
     for name in found.unknown:
         out.print(f"not counted: {name}")
+
+
+def _console() -> Console:
+    """As wide as the terminal; a file has lines as long as they are."""
+    out = Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, width=140)
 
 
 def _show_memory(found: Analysis, out: Console) -> None:
@@ -157,7 +163,7 @@ def _show_speeds(found: Analysis, where: Topology, prices: Prices | None, out: C
 
 def show_tried(title: str, tried: list[Tried], console: Console | None = None) -> None:
     """Print the candidates that fit, the best first."""
-    out = console or Console(highlight=False)
+    out = console or _console()
     table = Table(title, "GiB", "least s", "sum s", box=None)
     for one in tried:
         roofline = one.analysis.roofline

@@ -152,16 +152,19 @@ def cures(
 ) -> list[Tried]:
     """The three cheapest changes that make a program fit which does not, each compiled.
 
-    Cheapest is the least predicted step time. What holds all changes of another cure is none.
+    Those that change least come first, and of these the shortest steps by estimate. What holds all
+    changes of another cure is none.
     """
     ranked = candidates(config, where, devices, stage)
+    ranked.sort(key=lambda one: len(one.changes))
     promising = [
         one for one in ranked if one.changes and one.estimate.bytes <= _SLACK * where.chip.hbm_bytes
     ]
     report(f"it does not fit: trying the cheapest of {len(promising)} changes that may mend it")
     compiler = _compiler(where, devices, stage)
     tried = _compile(promising, compiler, enough=3, minutes=minutes, report=report, minimal=True)
-    return [one for one in tried if one.analysis.memory.fits]
+    fitting = [one for one in tried if one.analysis.memory.fits]
+    return sorted(fitting, key=lambda one: one.analysis.roofline.sum)
 
 
 def _compiler(where: Topology, devices: Sequence[Any], stage: str) -> Compile:

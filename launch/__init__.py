@@ -1,0 +1,1 @@
+"""Launching runs: a launcher makes a plan, which can be read first, and then carries it out."""

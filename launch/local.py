@@ -1,0 +1,207 @@
+"""Several processes of one run on this machine, started again when one of them dies."""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.policy import Decision, judge
+
+_LOOK_SECONDS = 0.05
+# What the others are given when one has ended, by how it ended: they can do nothing without it.
+_AFTER_FAILURE = 3.0
+_MOST_DELAY = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """A run of several processes here.
+
+    devices: virtual CPU devices of each process; None: the machine's own devices. restarts: how
+    often in a row it is started again; a start that lasted ``healthy`` seconds begins a new row.
+    grace: seconds to save in after SIGTERM, and to end in when others are done. log_dir: a file for
+    each worker there; None: lines go to stdout, with the worker's number.
+    """
+
+    command: Sequence[str]
+    processes: int = 2
+    devices: int | None = 4
+    restarts: int = 10
+    healthy: float = 600.0
+    grace: float = 60.0
+    log_dir: Path | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def worker_environment(run: Local, worker: int, address: str) -> dict[str, str]:
+    """What a worker finds in its environment beside what this process has."""
+    found = {
+        "JAXLAB_COORDINATOR": address,
+        "JAXLAB_PROCESSES": str(run.processes),
+        "JAXLAB_PROCESS_ID": str(worker),
+        **run.environment,
+    }
+    if run.devices is not None:
+        found |= {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(run.devices),
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            # Devices that wait for each other need a thread each, and one program at a time.
+            "NPROC": str(max(32, 4 * run.devices)),
+            "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
+        }
+    return found
+
+
+def free_address() -> str:
+    """An address of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+class LocalLauncher:
+    """Starts the workers of a run, watches them, and starts them again."""
+
+    def __init__(
+        self,
+        run: Local,
+        *,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._run, self._say, self._clock, self._sleep = run, say, clock, sleep
+        self._workers: dict[int, subprocess.Popen] = {}
+        self._pumps: list[threading.Thread] = []
+        self._signal: int | None = None
+        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def launch(self) -> int:
+        """Run to the end; the exit code that says how it ended."""
+        former = {n: signal.signal(n, self._passed_on) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._launch()
+        finally:
+            self._end_all()
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _launch(self) -> int:
+        start, row = 0, 0
+        while True:
+            start += 1
+            begun = self._clock()
+            self._start(start)
+            verdict = judge(self._wait())
+            self._say(f"[launch] start {start}: {verdict.decision.value}: {verdict.reason}")
+            if verdict.decision is not Decision.AGAIN or self._signal is not None:
+                return verdict.code
+            row = 1 if self._clock() - begun >= self._run.healthy else row + 1
+            if row > self._run.restarts:
+                self._say(
+                    f"[launch] given up: {self._run.restarts} restarts in a row that lasted less "
+                    f"than {self._run.healthy:g} s"
+                )
+                return verdict.code
+            self._sleep(delay(row))
+
+    def _start(self, start: int) -> None:
+        address = free_address()
+        if self._run.log_dir is not None:
+            self._run.log_dir.mkdir(parents=True, exist_ok=True)
+        for worker in range(self._run.processes):
+            self._workers[worker] = self._spawn(worker, start, address)
+        numbers = " ".join(str(child.pid) for child in self._workers.values())
+        self._say(f"[launch] start {start}: processes {numbers}")
+
+    def _spawn(self, worker: int, start: int, address: str) -> subprocess.Popen:
+        environment = os.environ | worker_environment(self._run, worker, address)
+        environment.pop("XLA_FLAGS", None)  # it may count virtual devices, too
+        output: Any = subprocess.PIPE
+        if self._run.log_dir is not None:
+            output = open(self._run.log_dir / f"worker-{worker}.log", "ab")  # noqa: SIM115
+            output.write(f"[launch] start {start}\n".encode())
+            output.flush()
+        child = subprocess.Popen(
+            list(self._run.command),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # a terminal's Ctrl-C comes to the launcher alone, which passes it on
+            preexec_fn=self._with_parent,
+        )
+        if output is subprocess.PIPE:
+            self._pumps.append(threading.Thread(target=self._pump, args=(worker, child)))
+            self._pumps[-1].start()
+        else:
+            output.close()
+        return child
+
+    def _with_parent(self) -> None:
+        """A worker does not outlive a launcher that was killed."""
+        if self._libc is not None:
+            self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def _pump(self, worker: int, child: subprocess.Popen) -> None:
+        for line in child.stdout:
+            self._say(f"[worker {worker}] {line.decode(errors='replace').rstrip()}")
+        child.stdout.close()
+
+    def _wait(self) -> dict[int, int]:
+        """Until all have ended; the exit codes, without those that ended here after a failure."""
+        codes: dict[int, int] = {}
+        deadline, told = float("inf"), None
+        while len(codes) < len(self._workers):
+            for worker, child in self._workers.items():
+                if worker not in codes and child.poll() is not None:
+                    codes[worker] = child.returncode
+                    patience = self._run.grace if child.returncode in (0, 75) else _AFTER_FAILURE
+                    deadline = min(deadline, self._clock() + patience)
+            if self._signal not in (None, told):
+                told = self._signal
+                self._tell(told)
+                deadline = self._clock() + self._run.grace
+            if self._clock() > deadline:
+                break
+            time.sleep(_LOOK_SECONDS)
+        late = dict.fromkeys(self._workers.keys() - codes.keys(), -signal.SIGKILL)
+        for worker in late:
+            self._workers[worker].kill()
+            self._workers[worker].wait()
+        for pump in self._pumps:
+            pump.join()
+        self._pumps.clear()
+        # Of some that failed the others are no news; of some that are done they are.
+        return codes if any(codes.values()) else codes | late
+
+    def _tell(self, number: int) -> None:
+        for child in self._workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
+
+    def _passed_on(self, number: int, _: Any) -> None:
+        if self._signal == number == signal.SIGINT:
+            self._end_all()  # a second Ctrl-C does not wait
+        self._signal = number
+
+    def _end_all(self) -> None:
+        for child in self._workers.values():
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+
+
+def delay(row: int) -> float:
+    """Seconds before the next start: none at first, then twice as long each time, to a minute."""
+    return 0.0 if row < 2 else min(2.0 ** (row - 2), _MOST_DELAY)

@@ -155,6 +155,8 @@ class LocalLauncher:
 
     def _pump(self, worker: int, child: subprocess.Popen) -> None:
         for line in child.stdout:
+            if line.startswith(b"[Gloo]"):
+                continue  # a library's greeting, several a process
             self._say(f"[worker {worker}] {line.decode(errors='replace').rstrip()}")
         child.stdout.close()
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxlab.config import ExperimentConfig, identity, identity_hash, save_yaml
 from jaxlab.data.pipeline import TextSamples, training_iterator
 from jaxlab.data.tokenizer import Tokenizer
-from jaxlab.errors import CheckpointError, JaxlabError
+from jaxlab.errors import CheckpointError, ConfigError, JaxlabError
 from jaxlab.models.decoder import initial_parameters
 from jaxlab.optim.blocks import block_labels
 from jaxlab.optim.flat_mask import flat_fractions
@@ -95,6 +95,11 @@ def train(
     Raises JaxlabError for a corpus, tokenizer or checkpoint that cannot be used, before or after
     any step, never in the middle of a save.
     """
+    if "://" in str(run):
+        raise ConfigError(
+            f"{run}: is a URL, and a run lies on a file system that all its hosts share: mount the "
+            "bucket and give the folder"
+        )
     run, report = Path(run), reporter(report)
     with Watchdog(config.training.hang_seconds, run) as watchdog:
         goodput = Goodput(run / FILE if leads() else None, beat=watchdog.beat, report=report)

@@ -1,0 +1,69 @@
+"""What Google Cloud and GKE call the kinds of TPU."""
+
+import dataclasses
+
+from jaxlab.errors import ConfigError
+from jaxlab.preflight.chips import CHIPS_PER_HOST, Topology, topology
+from launch.plan import LaunchError
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """accelerator: the beginning of an accelerator type; counts: what its number counts a chip.
+
+    runtime: the image of a TPU VM. gke: the label of its nodes.
+    """
+
+    accelerator: str
+    counts: int
+    runtime: str
+    gke: str
+
+
+NAMES = {
+    "v5e": Names("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
+    # Named by TensorCores: v5p-128 are 64 chips.
+    "v5p": Names("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
+    "v6e": Names("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """The chips of a run, in one slice or several."""
+
+    where: Topology
+
+    @property
+    def names(self) -> Names:
+        """What its kind is called."""
+        return NAMES[self.where.kind]
+
+    @property
+    def type(self) -> str:
+        """As gcloud calls one slice: v5p-128."""
+        chips = self.where.chips // self.where.slices
+        return f"{self.names.accelerator}-{chips * self.names.counts}"
+
+    @property
+    def hosts(self) -> int:
+        """Of one slice."""
+        return max(1, self.where.chips // self.where.slices // CHIPS_PER_HOST)
+
+    @property
+    def chips_of_a_host(self) -> int:
+        """How many chips one host has."""
+        return min(CHIPS_PER_HOST, self.where.chips // self.where.slices)
+
+    @property
+    def shape(self) -> str:
+        """As GKE labels it: 4x4x4."""
+        return "x".join(map(str, self.where.sides))
+
+
+def accelerator(text: str, slices: int = 1) -> Accelerator:
+    """Read ``v5p-128`` or ``v5p:4x4x4``. Raises LaunchError listing those known."""
+    try:
+        return Accelerator(topology(text, slices))
+    except ConfigError as error:
+        raise LaunchError(str(error).replace("--topology", "--accelerator")) from None

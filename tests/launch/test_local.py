@@ -1,0 +1,149 @@
+"""Processes on this machine: started, watched, started again, and never left behind."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.local import Local, LocalLauncher, delay, worker_environment
+
+# A worker: what it does depends on its number and on how many starts there were.
+WORKER = """
+import os, signal, sys, time
+me = int(os.environ["JAXLAB_PROCESS_ID"])
+folder = sys.argv[1]
+starts = len([name for name in os.listdir(folder) if name.startswith(f"{me}-")])
+open(f"{folder}/{me}-{starts}", "w").close()
+print("hello", me, os.environ["JAXLAB_COORDINATOR"].split(":")[0], flush=True)
+"""
+
+
+def launch(folder: Path, code: str, **options) -> tuple[int, list[str]]:
+    (folder / "starts").mkdir(exist_ok=True)
+    said = []
+    run = Local((sys.executable, "-c", WORKER + code, str(folder / "starts")), **options)
+    launcher = LocalLauncher(run, say=said.append, sleep=lambda _: None)
+    return launcher.launch(), said
+
+
+def starts_of(folder: Path) -> int:
+    return len(list((folder / "starts").glob("0-*")))
+
+
+def test_all_done_is_done_and_every_line_has_its_worker(tmp_path):
+    code, said = launch(tmp_path, "", processes=3)
+    assert code == 0
+    assert said[0].startswith("[launch] start 1: processes ")
+    assert sorted(said[1:-1]) == [f"[worker {n}] hello {n} 127.0.0.1" for n in range(3)]
+    assert said[-1] == "[launch] start 1: done: all workers are done"
+
+
+def test_a_killed_worker_ends_the_others_and_all_start_again(tmp_path):
+    code, said = launch(
+        tmp_path,
+        "if me == 1 and starts < 2: time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "elif starts < 2: time.sleep(600)",
+    )
+    assert code == 0
+    assert starts_of(tmp_path) == 3
+    told = [line for line in said if "start again" in line]
+    reason = "start again: worker 1: ended by signal 9"
+    assert told == [f"[launch] start {n}: {reason}" for n in (1, 2)]
+
+
+def test_an_error_that_would_come_again_stops_and_its_code_is_the_launchers(tmp_path):
+    code, said = launch(tmp_path, "if me: sys.exit(3)\ntime.sleep(600)")
+    assert (
+        code == 3
+        and said[-1] == "[launch] start 1: stop: worker 1: training diverged (exit code 3)"
+    )
+
+
+def test_restarts_in_a_row_are_counted_and_then_given_up(tmp_path):
+    code, said = launch(tmp_path, "sys.exit(77)", restarts=2)
+    assert code == 77 and starts_of(tmp_path) == 3
+    assert said[-1].startswith("[launch] given up: 2 restarts in a row that lasted less than 600 s")
+
+
+def test_a_start_that_lasted_begins_a_new_row(tmp_path):
+    code, _ = launch(tmp_path, "sys.exit(77 if starts < 4 else 0)", restarts=1, healthy=0.0)
+    assert code == 0 and starts_of(tmp_path) == 5
+
+
+def test_a_worker_that_does_not_end_when_the_others_are_done_is_no_success(tmp_path):
+    code, said = launch(tmp_path, "if me: time.sleep(600)", grace=0.5, restarts=0)
+    assert code == 137 and "worker 1: ended by signal 9" in said[-2]
+
+
+def test_logs_go_to_a_file_for_each_worker(tmp_path):
+    code, said = launch(tmp_path, "", log_dir=tmp_path / "logs")
+    assert code == 0 and len(said) == 2
+    for worker in (0, 1):
+        lines = (tmp_path / "logs" / f"worker-{worker}.log").read_text().splitlines()
+        assert lines == ["[launch] start 1", f"hello {worker} 127.0.0.1"]
+
+
+def test_the_pause_grows_to_a_minute():
+    assert [delay(row) for row in (1, 2, 3, 5, 20)] == [0, 1, 2, 8, 60]
+
+
+def test_the_machines_own_devices_are_left_alone_where_none_are_asked_for():
+    found = worker_environment(Local(("a",), devices=None), 1, "h:1")
+    assert found == {
+        "JAXLAB_COORDINATOR": "h:1",
+        "JAXLAB_PROCESSES": "2",
+        "JAXLAB_PROCESS_ID": "1",
+    }
+
+
+def launcher_of(folder: Path, code: str) -> subprocess.Popen:
+    worker = (sys.executable, "-c", WORKER + code, str(folder))
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.pod", "local", "--devices", "0", "--", *worker],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+@pytest.mark.parametrize(("number", "ends_with"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_are_passed_on_and_nothing_starts_again(tmp_path, number, ends_with):
+    code = (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)"
+    )
+    launched = launcher_of(tmp_path, code)
+    ready = 0
+    while ready < 2:
+        ready += "ready" in launched.stdout.readline()
+    launched.send_signal(number)
+    out, _ = launched.communicate(timeout=60)
+    assert launched.returncode == ends_with
+    assert "start 2" not in out
+
+
+def test_workers_do_not_outlive_a_launcher_that_was_killed(tmp_path):
+    launched = launcher_of(tmp_path, "print('ready', flush=True); time.sleep(600)")
+    numbers = [int(word) for word in launched.stdout.readline().split("processes ")[1].split()]
+    ready = 0
+    while ready < 2:
+        ready += "ready" in launched.stdout.readline()
+    launched.kill()
+    launched.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(alive(number) for number in numbers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

@@ -1,0 +1,202 @@
+"""Every plan as text, compared with what is kept; ``--update-golden`` writes it anew."""
+
+import os
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import pod
+from launch.plan import EnvironmentFile, Plan, carry_out
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TRAIN = "-- jaxlab train configs/memory3_2b.yaml --out /mnt/runs/a --set name=it\\'s"
+PLANS = {
+    "create": "create --name a-run --zone us-east5-a --accelerator v5p-128 --tier spot "
+    "--project lab --label team=memory",
+    "create_slices": "create --name a-run --zone us-west4-a --accelerator v5e:16x16 --slices 4",
+    "run": f"run --name a-run --zone us-east5-a --env WANDB_API_KEY --env TZ=UTC {TRAIN}",
+    "watch": f"watch --name a-run --zone us-east5-a --accelerator v6e-64 --tier spot {TRAIN}",
+    "resume": f"resume --name a-run --zone us-east5-a {TRAIN}",
+    "logs": "logs --name a-run --zone us-east5-a --lines 5",
+    "delete": "delete --name a-run --zone us-east5-a",
+    "gke": "gke --name a-run --accelerator v5p-128 --slices 2 --image registry/jaxlab:1 --spot "
+    f"--env HF_TOKEN --env TZ=UTC {TRAIN}",
+    "xpk": "gke --name a-run --accelerator v5e-256 --image registry/jaxlab:1 --via xpk "
+    f"--cluster pods {TRAIN}",
+    "slurm": f"slurm --name a-run --nodes 4 --hours 1.5 --partition h200 --env HF_TOKEN {TRAIN}",
+    "local": f"local --processes 2 --devices 4 {TRAIN}",
+}
+
+
+def dry(words: str, capsys) -> str:
+    given, dashes, command = words.partition(" -- ")
+    assert pod.main(shlex.split(f"{given} --dry-run{dashes}{command}")) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def commit(monkeypatch):
+    monkeypatch.setattr(pod, "_commit", lambda allow_dirty: COMMIT)
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-value")
+    monkeypatch.setenv("HF_TOKEN", "a-secret-value")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_is_what_it_was(name, capsys, request):
+    text = dry(PLANS[name], capsys)
+    file = GOLDEN / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()
+    assert "a-secret-value" not in text
+
+
+@pytest.mark.parametrize("name", ["gke", "slurm"])
+def test_the_files_of_a_plan_are_what_their_readers_take(name, capsys, tmp_path):
+    text = dry(PLANS[name], capsys)
+    block = text.partition(":\n    ")[2].partition("\n\n#")[0] if name == "gke" else ""
+    if name == "gke":
+        jobs = yaml.safe_load("    " + block)["spec"]["replicatedJobs"]
+        assert jobs[0]["replicas"] == 2 and jobs[0]["template"]["spec"]["parallelism"] == 16
+        (container,) = jobs[0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert container["command"] == shlex.split(TRAIN)[1:]
+        return
+    lines = text.splitlines()
+    begin = lines.index("    #!/bin/bash")
+    script = tmp_path / "job.sh"
+    body = [line[4:] for line in lines[begin : lines.index("# 2. queue it")]]
+    script.write_text("\n".join(body))
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    # With programs that stand for Slurm's the script asks to be queued again, or does not.
+    for code, asks in ((0, False), (1, False), (75, True), (77, True), (137, True), (130, False)):
+        asked = tmp_path / f"asked-{code}"
+        fake(tmp_path, "srun", f"exit {code}")
+        fake(tmp_path, "scontrol", f"touch {asked}")
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        assert subprocess.run(["bash", script], env=environment).returncode == code
+        assert asked.exists() == asks
+
+
+def fake(folder: Path, name: str, body: str) -> None:
+    file = folder / name
+    file.write_text(f"#!/bin/bash\n{body}\n")
+    file.chmod(0o755)
+
+
+def test_a_plan_is_carried_out_in_order_and_secrets_come_from_the_environment(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    log = tmp_path / "calls"
+    fake(
+        tmp_path,
+        "gcloud",
+        f'echo "$4" >> {log}; [ ! -e .launch/a-run.env ] '
+        f"|| cp .launch/a-run.env {tmp_path}/sent.env",
+    )
+    fake(tmp_path, "git", "true")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert pod.main(shlex.split(PLANS["run"])) == 0
+    verbs = [line.split()[0] for line in log.read_text().splitlines()]
+    assert verbs == ["scp", "ssh", "scp", "ssh"]
+    sent = (tmp_path / "sent.env").read_text()
+    assert sent == "JAXLAB_DISTRIBUTED=auto\nTZ=UTC\nWANDB_API_KEY=a-secret-value\n"
+    assert not (tmp_path / ".launch" / "a-run.env").exists()
+    said = capsys.readouterr().out
+    assert said.splitlines()[0].startswith("[1/8] ") and "a-secret-value" not in said
+
+
+def test_the_file_with_secrets_is_its_owners_alone(tmp_path):
+    file = tmp_path / "run.env"
+    file.write_text("old")
+    step = EnvironmentFile("variables", str(file), {"A": "b c"}, ("KEY",))
+    carry_out(Plan("p", (step,)), say=lambda _: None, environment={"KEY": "it's"})
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    shown = subprocess.run(
+        ["bash", "-c", f'. {file}; echo "$A|$KEY"'], capture_output=True, text=True
+    )
+    assert shown.stdout == "b c|it's\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "create --name a --zone z --accelerator v9-12",
+            "--accelerator v9-12: unknown; known are v5e:",
+        ),
+        ("create --name A_b --zone z --accelerator v5p-8", "--name 'A_b': a name has 1 to 40"),
+        ("create --name a --zone z --accelerator v5p-8 --label x", "--label x: give KEY=VALUE"),
+        (
+            f"run --name a --zone z --env WANDB_API_KEY=abc {TRAIN}",
+            "--env WANDB_API_KEY: a secret is not written into a command; export it and give",
+        ),
+        (f"run --name a --zone z --env 1x=2 {TRAIN}", "--env 1x: is no name of a variable"),
+        ("run --name a --zone z", "nothing to run: give the command behind --"),
+        (
+            f"resume --name a --zone z --env A=b {TRAIN}",
+            "--env: the variables are those of the last",
+        ),
+        (
+            f"gke --name a --image i --accelerator v6e-8 --via xpk {TRAIN}",
+            "--via xpk needs --cluster",
+        ),
+        (
+            "gke --name a --image i --accelerator v6e-8 --via xpk --cluster c --env HF_TOKEN "
+            + TRAIN,
+            "--env HF_TOKEN: xpk would write it out",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_the_option(words, message, capsys):
+    assert pod.main(shlex.split(words)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+def test_a_secret_that_is_not_set_and_a_program_that_is_not_there_are_named(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pod.main(shlex.split(PLANS["delete"])) == 1
+    assert (
+        "gcloud: is not installed here; it is needed to give the chips" in capsys.readouterr().err
+    )
+    for name in ("gcloud", "git", "mkdir", "rm"):
+        fake(tmp_path, name, "exit 0")
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert pod.main(shlex.split(PLANS["run"])) == 1
+    assert "--env WANDB_API_KEY: not set in this environment" in capsys.readouterr().err
+
+
+def test_files_that_differ_from_the_commit_are_not_run_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for words in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m x"):
+        subprocess.run(["git", *shlex.split(words)], check=True)
+    assert len(pod._commit(allow_dirty=False)) == 40
+    (tmp_path / "new").write_text("")
+    with pytest.raises(pod.LaunchError, match="differ from the last commit"):
+        pod._commit(allow_dirty=False)
+    assert len(pod._commit(allow_dirty=True)) == 40
+
+
+@pytest.mark.parametrize("script", sorted(Path("launch").glob("*.sh")), ids=lambda p: p.name)
+def test_the_scripts_are_plans_that_can_be_made(script, capsys):
+    """What a script passes on, with a zone and dry, makes a plan."""
+    ended = subprocess.run(
+        ["bash", script, "--dry-run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ZONE": "z", "RUNS": "/mnt/runs", "ALLOW_DIRTY": "--allow-dirty"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "jaxlab train configs/" in ended.stdout

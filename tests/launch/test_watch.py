@@ -1,0 +1,98 @@
+"""A watched run on Cloud TPU comes up again, against a gcloud that is played by a script."""
+
+from launch import cloud_tpu
+from launch.accelerators import accelerator
+from launch.cloud_tpu import Pod
+from launch.plan import Plan
+from launch.watch import Watched, Watcher
+
+POD = Pod("a-run", "us-east5-a")
+TRAIN = ("jaxlab", "train", "c")
+
+
+def workers(*codes) -> str:
+    """What the workers say; noise of ssh is between."""
+    lines = [f"worker host-{n} {n} {code}" for n, code in enumerate(codes)]
+    return "\n".join(["SSH: Attempting to connect to worker 0...", *lines]) + "\n"
+
+
+def watch(answers: list[str], restarts: int = 20) -> tuple[int, list[str], list[str], list[float]]:
+    """Exit code, titles of the plans that were carried out, what was said, and the pauses.
+
+    The answers come in order: those without "worker" are states.
+    """
+    done, said, pauses = [], [], []
+    left = list(answers)
+
+    def ask(step):
+        is_state = step == cloud_tpu.state(POD)
+        assert is_state == ("worker" not in left[0])
+        return left.pop(0)
+
+    watched = Watched(
+        pod=POD,
+        chips=accelerator("v5p-16"),  # two hosts
+        create=Plan("create", ()),
+        run=Plan("run", ()),
+        command=TRAIN,
+        restarts=restarts,
+        poll_seconds=1.0,
+    )
+    watcher = Watcher(
+        watched,
+        say=said.append,
+        sleep=pauses.append,
+        ask=ask,
+        act=lambda plan: done.append(plan.title),
+    )
+    code = watcher.watch()
+    assert not left
+    return code, done, said, pauses
+
+
+def test_a_run_that_ends_is_left_alone():
+    code, done, _, _ = watch(
+        ["ACTIVE\n", workers("running", "running"), "ACTIVE\n", workers("0", "0")]
+    )
+    assert (code, done) == (0, [])
+
+
+def test_chips_that_were_taken_away_are_asked_for_again_and_the_run_goes_on():
+    code, done, said, pauses = watch(
+        [
+            "SUSPENDED",
+            "WAITING_FOR_RESOURCES",
+            "PROVISIONING",
+            "ACTIVE",
+            "ACTIVE",
+            workers("0", "0"),
+        ]
+    )
+    assert (code, done) == (0, ["delete a-run", "create", "run"])
+    assert said[0] == "a-run: the chips are SUSPENDED; restart 1 of 20 in 10 s"
+    assert pauses.count(10.0) == 1
+
+
+def test_a_lost_worker_is_waited_for_once_and_then_all_start_again():
+    answers = ["ACTIVE", workers("137", "running")] * 2 + ["ACTIVE", workers("0", "0")]
+    code, done, said, _ = watch(answers)
+    assert (code, done) == (0, ["stop on a-run", "start again on a-run"])
+    assert said[0] == "a-run: start again: worker 0: ended by signal 9"
+
+
+def test_an_error_that_would_come_again_stops():
+    code, done, said, _ = watch(["ACTIVE", workers("77", "1")])
+    assert (code, done) == (1, [])
+    assert said[-1].startswith("a-run: stop: worker 1: an error that a repetition would meet")
+
+
+def test_it_is_given_up_after_so_many_restarts_with_longer_and_longer_pauses():
+    code, done, said, pauses = watch(["FAILED", "FAILED", "FAILED"], restarts=2)
+    assert code == 77 and done == ["delete a-run", "create"] * 2
+    assert said[-1] == "a-run: the chips are FAILED; given up after 2 restarts"
+    assert [pause for pause in pauses if pause > 1] == [10.0, 20.0]
+
+
+def test_a_state_that_is_not_known_is_said_and_looked_at_again():
+    code, _, said, _ = watch(["", "ACTIVE", workers("0", "0")])
+    assert code == 0 and said[0] == "a-run: state unknown; looking again"

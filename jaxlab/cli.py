@@ -136,7 +136,8 @@ def _evaluation_commands(commands, source: str) -> None:
     evaluate = commands.add_parser("eval", help="evaluation").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    perplexity = _command(evaluate, "perplexity", _eval_perplexity, "bits per byte of documents")
+    text = "bits per byte of documents"
+    perplexity = _command(evaluate, "perplexity", _eval_perplexity, text, together=True)
     perplexity.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     perplexity.add_argument("--data", required=True, metavar="SRC", help=source)
     perplexity.add_argument("--bank", metavar="BANK", help="for --memory on and shuffled")
@@ -170,7 +171,8 @@ def _memory_commands(commands, source: str) -> None:
     memory = commands.add_parser("memory", help="memory banks").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    write = _command(memory, "write", _memory_write, "write references into a bank; resumable")
+    text = "write references into a bank; resumable"
+    write = _command(memory, "write", _memory_write, text, together=True)
     write.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     write.add_argument("--data", required=True, metavar="SRC", help=source)
     write.add_argument("--limit-bytes", type=_positive, metavar="N", help="read so much of SRC")
@@ -259,7 +261,7 @@ def _memory_write(arguments: argparse.Namespace) -> None:
 
     documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
     written = write_bank(load_model(arguments.run), documents, arguments.bank)
-    print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
+    _say(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
 
 
 def _memory_search(arguments: argparse.Namespace) -> None:
@@ -345,6 +347,7 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--memory {arguments.memory} needs --bank BANK")
     from jaxlab.data.sources import load_documents
     from jaxlab.evaluation.perplexity import score_documents
+    from jaxlab.sharding.processes import leads
 
     documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
     model, reader = _model_and_reader(arguments)
@@ -358,8 +361,9 @@ def _eval_perplexity(arguments: argparse.Namespace) -> None:
         "lag": arguments.lag,
         "memory": arguments.memory,
     }
-    write_json(arguments.json, result)
-    print(json.dumps(result))
+    if leads():
+        write_json(arguments.json, result)
+    _say(json.dumps(result))
 
 
 def _eval_facts(arguments: argparse.Namespace) -> None:

@@ -103,7 +103,8 @@ class LocalLauncher:
             begun = self._clock()
             self._start(start)
             verdict = judge(self._wait())
-            self._say(f"[launch] start {start}: {verdict.decision.value}: {verdict.reason}")
+            told = f"told to stop ({signal.Signals(self._signal).name})" if self._signal else None
+            self._say(f"[launch] start {start}: {told or verdict.decision.value}: {verdict.reason}")
             if verdict.decision is not Decision.AGAIN or self._signal is not None:
                 return verdict.code
             row = 1 if self._clock() - begun >= self._run.healthy else row + 1

@@ -6,17 +6,23 @@ retrieves itself, so that its references may give away its own later tokens: an 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxlab.data.packing import Rows, pack_by_document
 from jaxlab.data.sources import Document
 from jaxlab.errors import ConfigError, DataError
 from jaxlab.memory.read import MemoryReader
+from jaxlab.models.attention import Slots
+from jaxlab.sharding.batches import BatchPlace, local_place
+from jaxlab.sharding.processes import exchange
+from jaxlab.sharding.rules import is_spread, spec
 from jaxlab.training.load import LoadedModel
 from jaxlab.training.losses import token_log_probabilities
 from jaxlab.training.step import SequenceFormat
@@ -64,7 +70,8 @@ def score_documents(
 
     ``memory`` is ``on``; ``shuffled`` (each reference's memory exchanged for another's); ``off``
     (preface and gap, no memories); or ``plain`` (the ordinary language model): both readings of
-    "without memory" (spec 10.6). ``report(done, all)`` is called after each batch of rows.
+    "without memory" (spec 10.6). ``report(done, all)`` is called after each batch of rows. Several
+    processes score their share each; all have the scores of all.
 
     Raises ConfigError for an unknown mode and for a mode that needs a bank when there is none.
     """
@@ -77,21 +84,24 @@ def score_documents(
             raise ConfigError(f"memory {memory} needs a bank: give one with --bank")
         model.require_memory()
         reader = reader.shuffled(seed=0) if memory == "shuffled" else reader
-    rows = _rows(model, documents)
-    score = _compile(model, memory)
-    nats = np.zeros(len(documents))
-    for start in range(0, len(rows), _BATCH):
-        part = np.arange(start, min(start + _BATCH, len(rows)))
+    rows, place = _rows(model, documents), local_place(_BATCH)
+    score, given = _compile(model, memory), place.whole((model.params, model.preface))
+    nats, count = np.zeros(len(documents)), jax.process_count()
+    # Every process scores its own batches of rows, on all its devices.
+    for start in range(jax.process_index() * place.size, len(rows), count * place.size):
+        part = np.arange(start, min(start + place.size, len(rows)))
         slots = None
         if memory in ("on", "shuffled"):
-            slots = _slots(model, reader, rows, part, lag=lag, limit=overlap_limit)
-        tokens, mask = _pad(rows.tokens[part]), _pad(rows.mask[part])
-        log_probability = np.asarray(score(model.params, model.preface, slots, tokens))
+            slots = _slots(model, reader, rows, part, place, lag=lag, limit=overlap_limit)
+        tokens, mask = _pad(rows.tokens[part], place.size), _pad(rows.mask[part], place.size)
+        with jax.set_mesh(place.mesh):
+            found = score(*given, slots, place({"tokens": tokens})["tokens"])
         # float64: sums of millions of tokens of different documents.
-        lost = -(log_probability.astype(np.float64) * mask).sum(axis=1)[: len(part)]
+        lost = -(np.asarray(found).astype(np.float64) * mask).sum(axis=1)[: len(part)]
         np.add.at(nats, rows.document[part], lost)
         if report is not None:
-            report(int(part[-1]) + 1, len(rows))
+            report(min(int(part[-1]) + 1 + (count - 1) * place.size, len(rows)), len(rows))
+    nats = sum(np.frombuffer(bytes.fromhex(said)) for said in exchange(nats.tobytes().hex()))
     sizes = np.array([len(document.text.encode()) for document in documents], np.int64)
     tokens = np.bincount(rows.document, weights=rows.mask.sum(axis=1), minlength=len(documents))
     return DocumentScores(nats, sizes, tokens.astype(np.int64))
@@ -128,17 +138,26 @@ def _rows(model: LoadedModel, documents: Sequence[Document]) -> Rows:
     )
 
 
-def _pad(rows: np.ndarray) -> np.ndarray:
-    return np.pad(rows, ((0, _BATCH - len(rows)), (0, 0)))
+def _pad(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
 
 
-def _slots(model, reader: MemoryReader, rows: Rows, part: np.ndarray, *, lag: int, limit: float):
-    """The slots of every chunk of some rows, padded to the batch."""
-    length = model.config.memory.chunk_length
-    tokens = _pad(rows.tokens[part]).reshape(_BATCH, -1, length)
-    real = _pad(rows.mask[part]).reshape(tokens.shape)
+def _slots(
+    model,
+    reader: MemoryReader,
+    rows: Rows,
+    part: np.ndarray,
+    place: BatchPlace,
+    *,
+    lag: int,
+    limit: float,
+) -> Slots:
+    """The slots of every chunk of some rows, padded to the batch and cut as it is."""
+    length, size = model.config.memory.chunk_length, place.size
+    tokens = _pad(rows.tokens[part], size).reshape(size, -1, length)
+    real = _pad(rows.mask[part], size).reshape(tokens.shape)
     texts, against = [], []
-    for row in range(_BATCH):
+    for row in range(size):
         whole = tokens[row][real[row]]
         for chunk in range(tokens.shape[1]):
             # With lag 1 nothing reads what the last chunk retrieves.
@@ -153,10 +172,15 @@ def _slots(model, reader: MemoryReader, rows: Rows, part: np.ndarray, *, lag: in
         limit=limit,
         candidates=max(model.config.memory.candidates, 2 * reader.per_chunk),
     )
-    ids = hits.ids.reshape(_BATCH, tokens.shape[1], -1)
+    ids = hits.ids.reshape(size, tokens.shape[1], -1)
     if lag:
         ids = np.concatenate([np.full_like(ids[:, :1], -1), ids[:, :-1]], axis=1)
-    return reader.slots(ids)
+    slots = reader.slots(ids)
+    if not is_spread(place.mesh):
+        return slots
+    rows_of = functools.partial(NamedSharding, place.mesh)
+    pairs = rows_of(spec(None, "batch"))
+    return jax.device_put(slots, Slots(pairs, pairs, rows_of(spec("batch"))))
 
 
 def _compile(model: LoadedModel, memory: str):

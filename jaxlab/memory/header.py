@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -102,6 +103,21 @@ class Shard:
     count: int
     files: dict[str, StoredFile]
 
+    def to_json(self) -> str:
+        """As one line, for another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Shard":
+        """What :meth:`to_json` said."""
+        return cls.of(json.loads(text))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Shard":
+        """From the plain values of a header's JSON."""
+        files = {name: StoredFile(**file) for name, file in values["files"].items()}
+        return cls(**{**values, "files": files})
+
 
 @dataclass(frozen=True)
 class Header:
@@ -155,10 +171,7 @@ def _parse(body: dict[str, Any]) -> Header:
     spec["identity"] = BankIdentity(**spec["identity"])
     spec |= {name: tuple(spec[name]) for name in ("memory_shape", "preface")}
     embedder = body["embedder_file"]
-    shards = [
-        Shard(**{**shard, "files": {k: StoredFile(**v) for k, v in shard["files"].items()}})
-        for shard in body["shards"]
-    ]
+    shards = [Shard.of(shard) for shard in body["shards"]]
     return Header(
         spec=BankSpec(**spec),
         writer=body["writer"],

@@ -5,17 +5,21 @@ a bank was begun with (references, embedder, model) is checked before anything i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError
-from jaxlab.memory.header import BankSpec
+from jaxlab.errors import BankError, WorkerError
+from jaxlab.memory.header import BankSpec, Shard
 from jaxlab.memory.store import Bank, StoredReference
 from jaxlab.memory.write import compile_encode
+from jaxlab.sharding.batches import local_place
+from jaxlab.sharding.processes import agree, exchange, leader_first, leads, reporter
 from jaxlab.training.corpus import fit_embedder
 from jaxlab.training.load import LoadedModel
 
@@ -33,25 +37,28 @@ class WriteReport:
 
 
 class ReferenceEncoder:
-    """Compiled encoder of references in batches of one size."""
+    """Compiled encoder of references in batches of one size, cut along this process's devices."""
 
     def __init__(self, model: LoadedModel):
         model.require_memory()
-        self._model = model
+        self._place = local_place(_ENCODE_BATCH)
+        self._given = self._place.whole((model.params, model.preface))
         self._encode = compile_encode(model.graphdef, model.config.memory)
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Memories (n, layers, 2, K, m, H) in the compute dtype."""
-        out = []
-        for start in range(0, len(tokens), _ENCODE_BATCH):
-            part, sizes = tokens[start : start + _ENCODE_BATCH], lengths[start:][:_ENCODE_BATCH]
-            blank = _ENCODE_BATCH - len(part)
-            stored = self._encode(
-                self._model.params,
-                self._model.preface,
-                np.pad(part, ((0, blank), (0, 0))),
-                np.pad(sizes, (0, blank)),
+        out, size = [], self._place.size
+        for start in range(0, len(tokens), size):
+            part, sizes = tokens[start : start + size], lengths[start : start + size]
+            blank = size - len(part)
+            batch = self._place(
+                {
+                    "tokens": np.pad(part, ((0, blank), (0, 0))),
+                    "lengths": np.pad(sizes, (0, blank)),
+                }
             )
+            with jax.set_mesh(self._place.mesh):
+                stored = self._encode(*self._given, batch["tokens"], batch["lengths"])
             out.append(np.asarray(stored)[: len(part)])
         return np.concatenate(out)
 
@@ -70,6 +77,8 @@ def write_bank(
     ``embedder`` is a fitted embedder to use; None makes the one that the configuration names,
     fitted on these references. A bank that was begun goes on with its own.
 
+    Several processes write a shard each at a time, and process 0 puts them into the header.
+
     Raises BankError when the bank belongs to another model or was begun with other references, and
     when it cannot be written.
     """
@@ -77,23 +86,39 @@ def write_bank(
     references = References.build(
         documents, model.tokenizer, length=model.config.memory.reference_length
     )
-    bank, embedder = _open_or_create(model, references, url, embedder)
+    report = reporter(report)
+    bank, embedder = leader_first(
+        functools.partial(_open_or_create, model, references, url, embedder)
+    )
     begun = len(bank)
     _check_same_references(bank, references, url)
-    if 0 < begun < len(references):
-        bank = Bank.open(url, identity=model.identity, write=True)
+    if begun < len(references):
+        # The name of the writer is in the header: all write under it, and process 0 commits.
+        reopen = functools.partial(Bank.open, url, identity=model.identity)
+        bank = leader_first(lambda: reopen(write=leads()))
     encode = ReferenceEncoder(model)
-    for start in range(begun, len(references), shard_references):
-        part = slice(start, min(start + shard_references, len(references)))
-        _append(bank, encode, embedder, references, part, model)
+    processes, mine = jax.process_count(), jax.process_index()
+    for start in range(begun, len(references), shard_references * processes):
+        starts = range(start, len(references), shard_references)[:processes]
+        shard = problem = None
+        try:
+            if mine < len(starts):
+                part = slice(starts[mine], min(starts[mine] + shard_references, len(references)))
+                shard = _store(bank, mine, encode, embedder, references, part, model)
+        except BankError as error:
+            problem = error
+        if reason := agree(problem and str(problem)):
+            raise problem or WorkerError(f"{reason}: see its log")
+        told = exchange(shard.to_json() if shard else "")[: len(starts)]
+        leader_first(functools.partial(bank.add, [Shard.from_json(text) for text in told]))
         report(f"bank {url}: {len(bank):,} of {len(references):,} references")
     return WriteReport(len(bank), begun, bank.stats()["bytes"])
 
 
-def _append(bank, encode, embedder, references: References, part: slice, model) -> None:
+def _store(bank, ahead: int, encode, embedder, references: References, part: slice, model) -> Shard:
     lengths = references.lengths[part]
     texts, sources = references.texts[part], references.sources[part]
-    bank.append(
+    return bank.store(
         encode(references.tokens[part], lengths),
         np.minimum(lengths, model.config.memory.tokens_kept).astype(np.int32),
         embedder.embed(texts),
@@ -101,6 +126,8 @@ def _append(bank, encode, embedder, references: References, part: slice, model) 
             StoredReference(text=text, source=source, tokens=int(count))
             for text, source, count in zip(texts, sources, lengths, strict=True)
         ],
+        number=len(bank.shards) + ahead,
+        start=part.start,
     )
 
 

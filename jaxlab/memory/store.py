@@ -179,9 +179,30 @@ class Bank:
         is what it was before. The shard is put together in host memory, so append some hundred
         references of a large model at a time.
         """
-        arrays = self._check(memories, kept, embeddings, references)
         self._require_writable()
-        name = f"{len(self.shards):06d}-{self._header.writer}"
+        shard = self.store(
+            memories, kept, embeddings, references, number=len(self.shards), start=len(self)
+        )
+        self.add([shard])
+        return range(shard.start, shard.start + shard.count)
+
+    def store(
+        self,
+        memories: Shaped[np.ndarray, "n Lm 2 K m H"],
+        kept: Int[np.ndarray, " n"],
+        embeddings: Float[np.ndarray, "n dim"],
+        references: Sequence[StoredReference],
+        *,
+        number: int,
+        start: int,
+    ) -> Shard:
+        """Write the objects of a shard, which is in the bank once its writer adds it.
+
+        Several processes store shards of one bank at once, each its own ``number``. Raises as
+        :meth:`append` does.
+        """
+        arrays = self._check(memories, kept, embeddings, references)
+        name = f"{number:06d}-{self._header.writer}"
         objects = encode_shard(arrays, [asdict(reference) for reference in references])
         files = {path: StoredFile.of(content) for path, content in objects.items()}
         folder = f"shards/{name}/"
@@ -192,9 +213,20 @@ class Bank:
             with contextlib.suppress(BankError):
                 delete_folder(self._kvstore, folder, url=self.url)
             raise
-        shard = Shard(name=name, start=len(self), count=len(references), files=files)
-        self._commit(self._header.with_shard(shard))
-        return range(shard.start, shard.start + shard.count)
+        return Shard(name=name, start=start, count=len(references), files=files)
+
+    def add(self, shards: Sequence[Shard]) -> None:
+        """List stored shards in the header: its writer commits it, others only take note.
+
+        Raises BankError when the bank was changed by another writer.
+        """
+        header = self._header
+        for shard in shards:
+            header = header.with_shard(shard)
+        if self._generation is None:
+            self._header = header
+        else:
+            self._commit(header)
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.

@@ -5,10 +5,12 @@ import functools
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlab.sharding.rules import batch_sharding
-from jaxlab.typing import Array
+from jaxlab.config import MeshConfig
+from jaxlab.sharding.mesh import make_mesh
+from jaxlab.sharding.rules import batch_sharding, is_spread
+from jaxlab.typing import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +45,16 @@ class BatchPlace:
             return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
         return {name: spread(local) for name, local in batch.items()}
+
+    def whole(self, tree: PyTree) -> PyTree:
+        """A copy on every device of a mesh that is this process's own."""
+        if not is_spread(self.mesh):
+            return tree
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+
+def local_place(rows: int) -> BatchPlace:
+    """So many rows on each device of this process, whatever the others do."""
+    devices = jax.local_devices()
+    mesh = make_mesh(MeshConfig(data=len(devices), fsdp=1), devices)
+    return BatchPlace(mesh, rows * len(devices))

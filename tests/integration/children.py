@@ -281,15 +281,15 @@ def die_after_append(count: int) -> None:
     """SIGKILL when the ``count``-th shard has been appended to a bank."""
     from jaxlab.memory.store import Bank
 
-    append, appended = Bank.append, []
+    add, added = Bank.add, []
 
-    def appending(self, *arguments):
-        append(self, *arguments)
-        appended.append(True)
-        if len(appended) == count:
+    def adding(self, shards):
+        add(self, shards)
+        added.append(True)
+        if len(added) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Bank.append = appending
+    Bank.add = adding
 
 
 def small_shards(references: int) -> None:

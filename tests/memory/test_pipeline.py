@@ -73,16 +73,16 @@ class Killed(BaseException):
 
 def test_a_killed_writer_goes_on_behind_the_last_whole_shard(tmp_path, monkeypatch):
     write_small_bank(tmp_path / "whole", shard_references=3)
-    append, done = Bank.append, []
+    store, done = Bank.store, []
 
-    def dying(self, *args):
+    def dying(self, *args, **options):
         if len(done) == 2:
             raise Killed
         done.append(1)
-        return append(self, *args)
+        return store(self, *args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Bank, "append", dying)
+        patch.setattr(Bank, "store", dying)
         write_small_bank(tmp_path, shard_references=3)
     assert len(opened(tmp_path)) == 6
     report = write_small_bank(tmp_path, shard_references=3)

@@ -1,6 +1,7 @@
 """Training on eight devices is training on one, whatever the mesh and also when it changes."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +13,19 @@ from tests.integration.tiny_run import CONFIG, pages
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory) -> dict[str, list[float]]:
-    folder = tmp_path_factory.mktemp("meshes")
+def write_config(folder: Path) -> Path:
+    """A tiny run whose sizes eight devices divide, as ``tiny.yaml`` in the folder."""
     (folder / "corpus.jsonl").write_text(pages(random.Random(0)))
     text = CONFIG.replace("CORPUS", str(folder / "corpus.jsonl"))
     text = text.replace("heads: 2\n  kv_heads: 1", "heads: 4\n  kv_heads: 2")
     text = text.replace("batch_size: 2", "batch_size: 8").replace("keep: 1", "keep: 3")
     (folder / "tiny.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory) -> dict[str, list[float]]:
+    folder = write_config(tmp_path_factory.mktemp("meshes"))
     files = str(folder / "tiny.yaml"), str(folder)
     return run_module("tests.sharding.on_eight_devices", *files)
 

@@ -1,0 +1,148 @@
+"""Several processes train as one does, whatever dies on the way and however many go on."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlab.memory.store import Bank
+from jaxlab.training.metrics import read_metrics
+from launch.local import Local, LocalLauncher
+from tests.integration.tiny_run import END, end_state, numbers
+from tests.sharding.test_training import TOLERANCE, write_config
+
+MESH = ("mesh.fsdp=4", "mesh.tensor=2")
+
+
+def train(folder: Path, out: Path, *, mesh=MESH, on_line=lambda line, pids: None, **options):
+    """The launcher's exit code and what it and the workers said."""
+    said, pids = [], []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if found := re.search(r"start \d+: processes ([\d ]+)$", line):
+            pids[:] = map(int, found[1].split())
+        on_line(line, pids)
+
+    words = ("train", folder / "tiny.yaml", "--out", out, "--set", *mesh)
+    command = (sys.executable, "-m", "jaxlab.cli", *map(str, words))
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    run = Local(command, environment=cache, **options)
+    return LocalLauncher(run, say=say).launch(), said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder) -> Path:
+    code, said = train(folder, folder / "undisturbed")
+    assert code == 0, said[-20:]
+    return folder / "undisturbed"
+
+
+def losses(run: Path) -> list[float]:
+    lines = read_metrics(run)
+    return [line[key] for line in lines for key in ("loss", "validation_loss") if key in line]
+
+
+def test_what_is_killed_or_told_to_stop_goes_on_to_the_same_bits(folder, undisturbed):
+    """A worker is killed in the warmup, and the launcher gets SIGTERM in the continual stage."""
+    run, killed, told = folder / "disturbed", [], []
+
+    def kill(line: str, pids: list[int]) -> None:
+        if "warmup 1/2" in line and not killed:
+            killed.append(random.SystemRandom().choice(pids))
+            os.kill(killed[0], signal.SIGKILL)
+
+    def stop(line: str, pids: list[int]) -> None:
+        kill(line, pids)
+        if "continual 1/3" in line and not told:
+            told.append(line)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    code, said = train(folder, run, on_line=stop)
+    assert code == 75, said[-20:]
+    assert sum("start again: worker" in line for line in said) == 1
+    (saved,) = (line for line in said if "preempted: saved at step" in line)
+    assert int(re.search(r"step (\d)", saved)[1]) in (4, 5)
+    code, said = train(folder, run)
+    assert code == 0, said[-20:]
+    assert end_state(run) == end_state(undisturbed)
+    assert numbers(run, evaluations=False) == numbers(undisturbed, evaluations=False)
+
+
+def test_the_losses_are_those_of_one_process_also_when_their_number_and_the_mesh_change(
+    folder, undisturbed
+):
+    """Two processes begin, one goes on, four end: on fsdp 4 x tensor 2 and then on fsdp 8."""
+    alone = folder / "alone"
+    code, said = train(folder, alone, processes=1, devices=8)
+    assert code == 0, said[-20:]
+    # Between processes sums come in another order than within one.
+    np.testing.assert_allclose(losses(undisturbed), losses(alone), rtol=TOLERANCE)
+    changed = shutil.copytree(undisturbed, folder / "changed")
+    for name in ("000000004", END):
+        shutil.rmtree(changed / "checkpoints" / name)
+    shutil.rmtree(changed / "checkpoints" / "000000003")
+    code, said = train(folder, changed, mesh=("mesh.fsdp=8",), processes=4, devices=2)
+    assert code == 0, said[-20:]
+    assert any("resuming at step 2 (warmup)" in line for line in said)
+    np.testing.assert_allclose(losses(changed), losses(undisturbed), rtol=TOLERANCE)
+    again = train(folder, changed, processes=1, devices=8)
+    assert again[0] == 0 and "resuming at step 5 (continual)" in " ".join(again[1])
+
+
+def test_a_worker_that_never_came_is_named_within_the_timeout(folder):
+    """The second of two is not started; the first says so and asks to be started again."""
+    run = Local(
+        (sys.executable, "-m", "jaxlab.cli", "train", str(folder / "tiny.yaml"), "--out", "none"),
+        processes=1,
+        restarts=0,
+        environment={"JAXLAB_PROCESSES": "2", "JAXLAB_START_TIMEOUT": "2"},
+    )
+    said = []
+    assert LocalLauncher(run, say=said.append).launch() == 77
+    assert any("of 2 processes did not come within 2 s: 1 (there are 0 on" in line for line in said)
+    assert not Path("none").exists()
+
+
+def test_a_bank_and_scores_are_those_of_one_process(folder, undisturbed):
+    """Two processes of two devices write shards in turn and score batches in turn."""
+    corpus, found = str(folder / "corpus.jsonl"), []
+    for name, processes, devices in (("one", 1, 1), ("two", 2, 2)):
+        words = (str(undisturbed), corpus, str(folder / name))
+        command = (sys.executable, "-m", "tests.sharding.bank_by_all", *words)
+        said = []
+        run = Local(command, processes=processes, devices=devices, restarts=0)
+        assert LocalLauncher(run, say=said.append).launch() == 0, said[-20:]
+        answers = [line.partition("] ")[2] for line in said if '"references"' in line]
+        found.append([json.loads(answer) for answer in answers])
+    (one,), (first, second) = found
+    assert one["sound"] and one["shards"] > 3 and one["shards"] % 2
+    for name in ("references", "shards", "sound"):
+        assert first[name] == second[name] == one[name]
+    # Only process 0 reports, and what is new since its last report is what all wrote.
+    assert len(first["said"]) + len(second["said"]) == -(-one["shards"] // 2)
+    banks = [Bank.open(folder / name) for name in ("one", "two")]
+    rows = np.arange(len(banks[0]))
+    assert banks[0].references(rows) == banks[1].references(rows)
+    np.testing.assert_array_equal(*(bank.embeddings() for bank in banks))
+    ours, theirs = (bank.read(rows) for bank in banks)
+    np.testing.assert_array_equal(ours.kept, theirs.kept)
+    np.testing.assert_allclose(ours.memories, theirs.memories, rtol=1e-5, atol=1e-6)
+    for name in ("on", "off"):
+        assert first[name] == second[name]
+        np.testing.assert_allclose(first[name], one[name], rtol=1e-6)

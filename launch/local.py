@@ -1,7 +1,6 @@
 """Several processes of one run on this machine, started again when one of them dies."""
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import signal
@@ -20,7 +19,15 @@ _LOOK_SECONDS = 0.05
 # What the others are given when one has ended, by how it ended: they can do nothing without it.
 _AFTER_FAILURE = 3.0
 _MOST_DELAY = 60.0
-_PR_SET_PDEATHSIG = 1
+# Becomes the worker, which the kernel then ends with the launcher (prctl's PR_SET_PDEATHSIG): one
+# that was left behind would write into the run that a next launcher starts.
+_WITH_PARENT = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,6 @@ class LocalLauncher:
         self._workers: dict[int, subprocess.Popen] = {}
         self._pumps: list[threading.Thread] = []
         self._signal: int | None = None
-        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def launch(self) -> int:
         """Run to the end; the exit code that says how it ended."""
@@ -134,13 +140,12 @@ class LocalLauncher:
             output.write(f"[launch] start {start}\n".encode())
             output.flush()
         child = subprocess.Popen(
-            list(self._run.command),
+            [sys.executable, "-c", _WITH_PARENT, str(os.getpid()), *self._run.command],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,  # a terminal's Ctrl-C comes to the launcher alone, which passes it on
-            preexec_fn=self._with_parent,
         )
         if output is subprocess.PIPE:
             self._pumps.append(threading.Thread(target=self._pump, args=(worker, child)))
@@ -148,11 +153,6 @@ class LocalLauncher:
         else:
             output.close()
         return child
-
-    def _with_parent(self) -> None:
-        """A worker does not outlive a launcher that was killed."""
-        if self._libc is not None:
-            self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def _pump(self, worker: int, child: subprocess.Popen) -> None:
         for line in child.stdout:

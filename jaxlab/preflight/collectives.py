@@ -125,7 +125,7 @@ def _read(
     axes, whole_axes = _axes(groups, mesh_shape)
     if not whole_axes and kind != "collective-permute":
         axes = f"some of {axes}"
-    return Collective(kind, axes, size, 1, whole, sent, groups)
+    return Collective(kind, axes, size, 1.0, float(whole), float(sent), groups)
 
 
 def _groups(each: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:

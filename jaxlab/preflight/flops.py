@@ -69,10 +69,11 @@ def _of_equation(each: Any, rare: float, unknown: dict[str, None]) -> tuple[floa
         )
     times = 1.0
     if name == "scan":
-        times = params["length"]
+        times = float(params["length"])
     elif name == "shard_map":
         mesh = params["mesh"]
-        times = math.prod(mesh.shape[axis] for axis in params.get("manual_axes", mesh.axis_names))
+        manual = params.get("manual_axes", mesh.axis_names)
+        times = float(math.prod(mesh.shape[axis] for axis in manual))
     inside = [_walk(inner, rare, unknown) for inner in _inner(params)]
     return times * sum(part[0] for part in inside), times * sum(part[1] for part in inside)
 

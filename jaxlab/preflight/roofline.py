@@ -74,7 +74,7 @@ def speed(
     *,
     where: Topology,
     model_flops: float,
-    tokens: float,
+    tokens: int,
     steps: int,
     chip_hour: float | None,
 ) -> Speed:

@@ -24,7 +24,7 @@ _PASSING = ("bitcast", "reshape", "copy", "transpose", "convert", "get-tuple-ele
 
 def memory_traffic(module: Module, *, rare: float = 1.0) -> float:
     """Bytes of main memory read and written in one execution of the program on one chip."""
-    return sum(
+    return math.fsum(
         run.times * _moved(module, run.computation, each)
         for run in runs(module, rare=rare)
         for each in run.computation.instructions
@@ -38,24 +38,24 @@ def _stored(shapes) -> int:
 
 def _moved(module: Module, place: Computation, each: Instruction) -> float:
     if each.op.endswith(("-done", "-update")) or "AllocateBuffer" in each.text:
-        return 0
+        return 0.0
     operands = [place.by_name[name] for name in each.operands if name in place.by_name]
     if each.op in ("copy-start", "slice-start"):
         # The result comes first in a copy's tuple and second in a slice's.
         result = each.shapes[0 if each.op == "copy-start" else -2]
         ends = (result.space == 0) + (operands[0].shapes[0].space == 0)
-        return ends * result.stored_bytes
+        return float(ends * result.stored_bytes)
     if each.op == "fusion":
         return _moved_by_fusion(module.computations[each.called[0]], each, operands)
     if each.op == "dynamic-update-slice":
-        return 2 * _stored(operands[1].shapes)
+        return 2.0 * _stored(operands[1].shapes)
     if each.op in _SLICING:
-        return 2 * _stored(each.shapes)
+        return 2.0 * _stored(each.shapes)
     if each.op == "scatter":
-        return 3 * _stored(operands[-1].shapes)
+        return 3.0 * _stored(operands[-1].shapes)
     if each.op.endswith("-start"):
-        return 2 * sum(_stored(operand.shapes) for operand in operands)
-    return _stored(each.shapes) + sum(_stored(operand.shapes) for operand in operands)
+        return 2.0 * sum(_stored(operand.shapes) for operand in operands)
+    return float(_stored(each.shapes) + sum(_stored(operand.shapes) for operand in operands))
 
 
 def _moved_by_fusion(inner: Computation, each: Instruction, operands) -> float:
@@ -92,7 +92,7 @@ def _read_of(name: str, whole: int, users: dict[str, list[Instruction]]) -> floa
         elif user.op in _PASSING:
             total += _read_of(user.name, whole, users)
         else:
-            return whole
+            return float(whole)
     return total
 
 
@@ -101,8 +101,9 @@ def _written_by(inner: Computation, leaf: Instruction, whole: int) -> float:
     while leaf.op in ("bitcast", "reshape", "copy") and leaf.operands[0] in inner.by_name:
         leaf = inner.by_name[leaf.operands[0]]
     if leaf.op != "dynamic-update-slice":
-        return whole
-    return min(whole, sum(shape.stored_bytes for shape in inner.by_name[leaf.operands[1]].shapes))
+        return float(whole)
+    written = sum(shape.stored_bytes for shape in inner.by_name[leaf.operands[1]].shapes)
+    return float(min(whole, written))
 
 
 def compiled_flops(module: Module, *, rare: float = 1.0) -> float:
@@ -110,7 +111,7 @@ def compiled_flops(module: Module, *, rare: float = 1.0) -> float:
 
     Kernels count what their authors state: see ``pallas_call``'s ``cost_estimate``.
     """
-    return sum(run.times * _flops(module, run.computation) for run in runs(module, rare=rare))
+    return math.fsum(run.times * _flops(module, run.computation) for run in runs(module, rare=rare))
 
 
 def _flops(module: Module, place: Computation) -> float:

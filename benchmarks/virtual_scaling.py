@@ -2,9 +2,9 @@
 
     python -m benchmarks.virtual_scaling --out runs/scaling --json FILE
 
-Strong: one batch size on 1, 2, 4 and 8 devices. Weak: a batch that grows with them. Both stages with
-IRE; every cell has to give the losses of one device with the same batch. All devices are threads of
-one CPU: no time is taken, and none would say anything.
+Strong: one batch size on 1, 2, 4 and 8 devices. Weak: a batch that grows with them. Both stages,
+with IRE; every cell has to give the losses of one device with the same batch. All devices are
+threads of one CPU: no time is taken, and none would say anything.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Every plan as text, compared with what is kept; ``--update-golden`` writes it anew."""
 
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -200,3 +201,20 @@ def test_the_scripts_are_plans_that_can_be_made(script, capsys):
     )
     assert ended.returncode == 0, ended.stderr
     assert "jaxlab train configs/" in ended.stdout
+
+
+RECIPES = Path(__file__).parents[2] / "docs" / "howto" / "launch.md"
+_BLOCK = re.compile(r"```console\n\$ python -m launch\.pod ([^\n]*)\n(.*?)```", re.DOTALL)
+
+
+def test_the_recipes_show_what_their_commands_print(capsys, request):
+    text = RECIPES.read_text()
+
+    def printed(found: re.Match) -> str:
+        assert pod.main(shlex.split(found[1])) == 0
+        return f"```console\n$ python -m launch.pod {found[1]}\n{capsys.readouterr().out}```"
+
+    now, count = _BLOCK.subn(printed, text)
+    if request.config.getoption("--update-golden"):
+        RECIPES.write_text(now)
+    assert count >= 5 and now == RECIPES.read_text()

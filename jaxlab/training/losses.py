@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlab.sharding.ops import by_device, cut_axes
+from kernels_pallas.dispatch import target_platform
 
-# Logits of one block: a million numbers stay in a CPU's cache; with a wide vocabulary at least this
-# many positions, so that the matrix products stay large.
+# Logits of one block: a million numbers stay in a CPU's cache; with a wide vocabulary at least so
+# many positions, so that the matrix products stay large. Every block reads and writes the gradient
+# of the head, which on an accelerator costs more than the memory of the logits.
 BLOCK_LOGITS = 1 << 20
-BLOCK_POSITIONS = 256
+BLOCK_POSITIONS = {"cpu": 256, "gpu": 4096, "tpu": 2048}
 
 ROWS = ("batch", None)
 NAMES = {
@@ -33,7 +35,7 @@ NAMES = {
 
 def _block_length(batch: int, length: int, vocab: int) -> int:
     """Positions of each sequence in one block: the largest allowed divisor of ``length``."""
-    allowed = max(BLOCK_LOGITS // vocab, BLOCK_POSITIONS) // batch
+    allowed = max(BLOCK_LOGITS // vocab, BLOCK_POSITIONS[target_platform()]) // batch
     return max(n for n in range(1, length + 1) if length % n == 0 and n <= max(allowed, 1))
 
 

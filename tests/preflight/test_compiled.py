@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+GOLDEN = REPOSITORY / "tests" / "golden" / "collectives"
 TINY = """
 name: tiny
 model:
@@ -92,6 +94,33 @@ def test_a_train_step_is_compiled_for_a_pod_and_read(config, tmp_path):
     assert fast["tokens_per_second"] == pytest.approx(16 * 256 / bounds["least"])
     assert fast["cost"] == pytest.approx(20 * bounds["least"] / 3600 * 8 * 1.2)
     assert found["not_counted"] == []
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2"])
+def test_a_step_runs_the_collectives_that_it_ran(config, tmp_path, mesh, request):
+    """By kind and axes; another compiler may choose others, and ``--update-golden`` keeps them."""
+    file = tmp_path / "found.json"
+    changes = [f"mesh.{part}" for part in mesh.split()]
+    code, _, err = preflight(
+        config, "--topology", "v5e-8", "--json", str(file), "--set", "optimizer.ire=null", *changes
+    )
+    assert code == 0, err
+    counts = {
+        f"{one['kind']} over {one['axes']}": one["count"]
+        for one in sorted(json.loads(file.read_text())["collectives"], key=str)
+    }
+    now = {"libtpu": metadata.version("libtpu"), "collectives": counts}
+    golden = GOLDEN / f"tiny-{mesh.replace(' ', '-').replace('=', '')}.json"
+    if request.config.getoption("--update-golden"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(json.dumps(now, indent=1) + "\n")
+    kept = json.loads(golden.read_text())
+    # Weights are gathered along fsdp and heads are summed along tensor, whoever compiles.
+    assert {name.split(" over ")[1] for name in counts} >= {
+        part.split("=")[0] for part in mesh.split()
+    }
+    if kept["libtpu"] == now["libtpu"]:
+        assert counts == kept["collectives"]
 
 
 @pytest.mark.parametrize("mode", ["decode", "write"])

@@ -15,7 +15,7 @@ BATCH, LENGTH, WIDTH, VOCAB = 2, 12, 8, 40
 def small_blocks(monkeypatch):
     """Six blocks of two positions instead of one that holds everything."""
     monkeypatch.setattr(losses, "BLOCK_LOGITS", 4 * VOCAB)
-    monkeypatch.setattr(losses, "BLOCK_POSITIONS", 4)
+    monkeypatch.setattr(losses, "BLOCK_POSITIONS", {"cpu": 4})
     assert losses._block_length(BATCH, LENGTH, VOCAB) == 2
 
 

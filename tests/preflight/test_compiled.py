@@ -66,7 +66,7 @@ def preflight(config: Path, *words: str) -> tuple[int, str, str]:
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def test_a_train_step_is_compiled_for_a_pod_and_read(config, tmp_path):
+def test_a_train_step_is_compiled_for_a_pod_and_read(config, tmp_path, request):
     prices, file = tmp_path / "prices.yaml", tmp_path / "found.json"
     prices.write_text("date: 2026-11-01\ncurrency: USD\nper_chip_hour: {v5e: 1.2}\n")
     options = ("--topology", "v5e-8", "--prices", str(prices), "--json", str(file))
@@ -94,33 +94,35 @@ def test_a_train_step_is_compiled_for_a_pod_and_read(config, tmp_path):
     assert fast["tokens_per_second"] == pytest.approx(16 * 256 / bounds["least"])
     assert fast["cost"] == pytest.approx(20 * bounds["least"] / 3600 * 8 * 1.2)
     assert found["not_counted"] == []
+    require_collectives(found, "tiny-ire-fsdp8", request)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4 tensor=2"])
-def test_a_step_runs_the_collectives_that_it_ran(config, tmp_path, mesh, request):
-    """By kind and axes; another compiler may choose others, and ``--update-golden`` keeps them."""
-    file = tmp_path / "found.json"
-    changes = [f"mesh.{part}" for part in mesh.split()]
-    code, _, err = preflight(
-        config, "--topology", "v5e-8", "--json", str(file), "--set", "optimizer.ire=null", *changes
-    )
-    assert code == 0, err
+def require_collectives(found: dict, name: str, request) -> None:
+    """By kind and axes as they are kept; another compiler may choose others."""
     counts = {
         f"{one['kind']} over {one['axes']}": one["count"]
-        for one in sorted(json.loads(file.read_text())["collectives"], key=str)
+        for one in sorted(found["collectives"], key=str)
     }
     now = {"libtpu": metadata.version("libtpu"), "collectives": counts}
-    golden = GOLDEN / f"tiny-{mesh.replace(' ', '-').replace('=', '')}.json"
+    golden = GOLDEN / f"{name}.json"
     if request.config.getoption("--update-golden"):
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(json.dumps(now, indent=1) + "\n")
     kept = json.loads(golden.read_text())
-    # Weights are gathered along fsdp and heads are summed along tensor, whoever compiles.
-    assert {name.split(" over ")[1] for name in counts} >= {
-        part.split("=")[0] for part in mesh.split()
-    }
     if kept["libtpu"] == now["libtpu"]:
         assert counts == kept["collectives"]
+
+
+def test_heads_are_summed_along_tensor_and_weights_gathered_along_fsdp(config, tmp_path, request):
+    file = tmp_path / "found.json"
+    changes = ("optimizer.ire=null", "mesh.fsdp=4", "mesh.tensor=2")
+    options = ("--topology", "v5e-8", "--json", str(file), "--set", *changes)
+    code, _, err = preflight(config, *options)
+    assert code == 0, err
+    found = json.loads(file.read_text())
+    kinds = {(one["kind"], one["axes"]) for one in found["collectives"]}
+    assert kinds >= {("all-reduce", "tensor"), ("all-gather", "fsdp")}
+    require_collectives(found, "tiny-fsdp4-tensor2", request)
 
 
 @pytest.mark.parametrize("mode", ["decode", "write"])

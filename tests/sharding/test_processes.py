@@ -139,7 +139,7 @@ def test_a_bank_and_scores_are_those_of_one_process(folder, undisturbed):
     # Only process 0 reports, and what is new since its last report is what all wrote.
     assert len(first["said"]) + len(second["said"]) == -(-one["shards"] // 2)
     banks = [Bank.open(folder / name) for name in ("one", "two")]
-    rows = np.arange(len(banks[0]))
+    rows = list(range(len(banks[0])))
     assert banks[0].references(rows) == banks[1].references(rows)
     np.testing.assert_array_equal(*(bank.embeddings() for bank in banks))
     ours, theirs = (bank.read(rows) for bank in banks)

@@ -1,4 +1,4 @@
-"""Training on eight devices is training on one, whatever the mesh and also when it changes."""
+"""Training on eight devices is training on one."""
 
 import random
 from pathlib import Path
@@ -19,6 +19,7 @@ def write_config(folder: Path) -> Path:
     text = CONFIG.replace("CORPUS", str(folder / "corpus.jsonl"))
     text = text.replace("heads: 2\n  kv_heads: 1", "heads: 4\n  kv_heads: 2")
     text = text.replace("batch_size: 2", "batch_size: 8").replace("keep: 1", "keep: 3")
+    text = text.replace("evaluate_every: 1", "evaluate_every: 0")
     (folder / "tiny.yaml").write_text(text)
     return folder
 
@@ -30,7 +31,7 @@ def losses(tmp_path_factory) -> dict[str, list[float]]:
     return run_module("tests.sharding.on_eight_devices", *files)
 
 
-@pytest.mark.parametrize("how", ["eight devices", "another mesh"])
-def test_the_losses_of_both_stages_with_ire_are_those_of_one_device(losses, how):
-    assert len(losses[how]) == 10
-    np.testing.assert_allclose(losses[how], losses["one device"], rtol=TOLERANCE)
+def test_the_losses_of_both_stages_with_ire_are_those_of_one_device(losses):
+    """What changes the mesh on the way is in test_processes.py."""
+    assert len(losses["eight devices"]) == 7
+    np.testing.assert_allclose(losses["eight devices"], losses["one device"], rtol=TOLERANCE)

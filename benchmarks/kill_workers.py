@@ -3,8 +3,8 @@
     python benchmarks/kill_workers.py --out runs/kills --json FILE
 
 Two processes of four virtual CPU devices (fsdp 4 x tensor 2) train both stages with IRE and save
-after every step. In each start one of them, drawn at random, gets SIGKILL after a random time; the
-launcher starts both again. At the end every array of the state has to equal the undisturbed run's.
+after every step. In each start one of them, drawn at random, gets SIGKILL, in turn after a random
+time and within a save; the launcher starts both again. At the end every array of the state has to equal the undisturbed run's.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,6 @@ stages:
 training: {log_every: 1, save_every: 1, evaluate_rows: 2, keep: 3}
 """
 TEXT = "the array axis returns a value of memory layers and reference chunks for every model"
-SAVING = re.compile(r"\.tmp$")
 
 
 def write_config(folder: Path) -> Path:
@@ -56,29 +56,47 @@ def write_config(folder: Path) -> Path:
 
 
 class Killer:
-    """Kills one worker of every start, a random time after it, until it has killed enough."""
+    """Kills one worker of every start until it has killed enough.
+
+    In turn at a random time after the start, and at a random one of the saves that follow, while
+    its files are being written.
+    """
 
     def __init__(self, run: Path, kills: int, seed: int, longest: float):
-        self._run, self._left, self._draw = run, kills, random.Random(seed)
+        self._folder, self._left, self._draw = run / "checkpoints", kills, random.Random(seed)
         self._longest, self.deaths = longest, []
 
     def started(self, workers: list[int]) -> None:
         """The launcher has started these processes."""
         if self._left:
+            wait = self._into_a_save if self._left % 2 else self._a_while
             self._left -= 1
-            after = self._draw.uniform(0, self._longest)
+            number = self._draw.random()
             victim = self._draw.choice(workers)
-            threading.Thread(target=self._kill, args=(victim, after), daemon=True).start()
+            threading.Thread(target=self._kill, args=(victim, wait, number), daemon=True).start()
 
-    def _kill(self, victim: int, after: float) -> None:
-        time.sleep(after)
-        folder = self._run / "checkpoints"
-        saving = folder.is_dir() and any(SAVING.search(p.name) for p in folder.iterdir())
+    def _saving(self) -> bool:
+        return any(self._folder.glob("*.tmp"))
+
+    def _a_while(self, number: float) -> None:
+        time.sleep(number * self._longest)
+
+    def _into_a_save(self, number: float) -> None:
+        for _ in range(1 + round(2 * number)):
+            while not self._saving():
+                time.sleep(0.002)
+            last = time.monotonic() + 0.25 * number
+            while self._saving() and time.monotonic() < last:
+                time.sleep(0.002)
+
+    def _kill(self, victim: int, wait: Callable[[float], None], number: float) -> None:
+        wait(number)
+        saving = self._saving()
         try:
             os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
             return
-        self.deaths.append({"after_seconds": round(after, 2), "in_a_save": saving})
+        self.deaths.append({"in_a_save": saving, "wait": wait.__name__.strip("_")})
 
 
 def launch(config: Path, run: Path, killer: Killer | None = None) -> tuple[int, int, float]:

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -152,54 +153,46 @@ def terminate_after_save(count: int) -> None:
 
 def hang_at_step(step: int) -> None:
     """The ``step``-th step of a stage never returns."""
-    from jaxlab.training import program
 
-    compile_step = program.compile_train_step
+    def hanging(function, call, state, batch):
+        if call == step:
+            threading.Event().wait()
+        return function(state, batch)
 
-    def compiled(**parts):
-        function, calls = compile_step(**parts), []
-
-        def hanging(state, batch):
-            calls.append(True)
-            if len(calls) == step:
-                threading.Event().wait()
-            return function(state, batch)
-
-        return hanging
-
-    program.compile_train_step = compiled
+    _in_place_of_steps(hanging)
 
 
-def spoil_gradients(*steps: int) -> None:
-    """The losses of these steps of a stage, counted from 1, are NaN."""
+def spoil_losses(*steps: int) -> None:
+    """The losses of these steps of a stage, counted from 1, are NaN; their gradients are not."""
+    import jax
+    import numpy as np
+
     from jaxlab.training import step as training_step
 
     gradients = training_step._gradients
 
-    def spoilt(params, graphdef, form, batch, accumulation):
+    def spoilt_gradients(params, graphdef, form, batch, accumulation):
         loss, found = gradients(params, graphdef, form, batch, accumulation)
-        return loss * batch["spoilt"][0], found
+        return loss * batch["factor"][0], found
 
+    def spoilt(function, call, state, batch):
+        factor = np.full(len(batch["tokens"]), np.nan if call in steps else 1.0, np.float32)
+        return function(state, {**batch, "factor": jax.device_put(factor)})
+
+    training_step._gradients = spoilt_gradients
+    _in_place_of_steps(spoilt)
+
+
+def _in_place_of_steps(act: Callable[..., Any]) -> None:
+    """``act(step, call, state, batch)`` for the ``call``-th step of a stage, from 1."""
     from jaxlab.training import program
 
     compile_step = program.compile_train_step
 
     def compiled(**parts):
-        import numpy as np
+        function, calls = compile_step(**parts), itertools.count(1)
+        return lambda state, batch: act(function, next(calls), state, batch)
 
-        function, calls = compile_step(**parts), []
-
-        def step(state, batch):
-            calls.append(True)
-            factor = np.float32("nan") if len(calls) in steps else np.float32(1)
-            import jax
-
-            given = jax.device_put(np.full(len(batch["tokens"]), factor))
-            return function(state, {**batch, "spoilt": given})
-
-        return step
-
-    training_step._gradients = spoilt
     program.compile_train_step = compiled
 
 
@@ -258,23 +251,13 @@ def poison(step: int) -> None:
     """Make every parameter NaN before the ``step``-th step of a stage."""
     import jax
 
-    from jaxlab.training import program
+    def poisoned(function, call, state, batch):
+        if call == step:
+            nothing = jax.tree.map(lambda x: (x - x) / (x - x), state.params)
+            state = state.replace(params=nothing)
+        return function(state, batch)
 
-    compile_step = program.compile_train_step
-
-    def compiled(**parts):
-        function, calls = compile_step(**parts), []
-
-        def poisoned(state, batch):
-            calls.append(True)
-            if len(calls) == step:
-                nothing = jax.tree.map(lambda x: (x - x) / (x - x), state.params)
-                state = state.replace(params=nothing)
-            return function(state, batch)
-
-        return poisoned
-
-    program.compile_train_step = compiled
+    _in_place_of_steps(poisoned)
 
 
 def die_after_append(count: int) -> None:

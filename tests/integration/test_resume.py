@@ -183,12 +183,12 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_name_their_batches(t
         "stages.continual.steps=4",
     )
     train = ("train", tiny.config, *skip, "--out")
-    ended = tiny.child(tmp_path, *train, tmp_path / "a", before=[("spoil_gradients", 2, 4)])
+    ended = tiny.child(tmp_path, *train, tmp_path / "a", before=[("spoil_losses", 2, 4)])
     assert ended.code == 0, ended.err
     skipped = [line for line in ended.out.splitlines() if "skipped" in line]
     assert [line.split(":")[0] for line in skipped] == ["step 2", "step 4", "step 6"]
     assert all(line.endswith("skipped (1 of 1 in a row)") for line in skipped)
-    ended = tiny.child(tmp_path, *train, tmp_path / "b", before=[("spoil_gradients", 2, 3)])
+    ended = tiny.child(tmp_path, *train, tmp_path / "b", before=[("spoil_losses", 2, 3)])
     assert ended.code == 3
     (line,) = ended.err.splitlines()
     assert "steps 4 to 5 were not finite and training.skip_nonfinite is 1" in line

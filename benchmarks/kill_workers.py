@@ -4,7 +4,8 @@
 
 Two processes of four virtual CPU devices (fsdp 4 x tensor 2) train both stages with IRE and save
 after every step. In each start one of them, drawn at random, gets SIGKILL, in turn after a random
-time and within a save; the launcher starts both again. At the end every array of the state has to equal the undisturbed run's.
+time and within a save; the launcher starts both again. At the end every array of the state has to
+equal the undisturbed run's.
 """
 
 import argparse

@@ -11,6 +11,8 @@ from launch.plan import Command, EnvironmentFile, Plan
 FOLDER, ENVIRONMENT, LOG, EXIT, PID = (
     "jaxlab-code", "jaxlab.env", "jaxlab.log", "jaxlab.exit", "jaxlab.pid",
 )  # fmt: skip
+# Whatever was started before: two runs may not write into one directory.
+_END = f"kill -KILL -- -$(cat {PID}) 2>/dev/null; rm -f {PID}"
 _NUMBER = (
     "curl -sf -H Metadata-Flavor:Google "
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number"
@@ -91,7 +93,9 @@ def run(
             "unpack and install it there",
             pod.on_all(
                 f"rm -rf {FOLDER} && mkdir {FOLDER} && tar -xzf jaxlab.tar.gz -C {FOLDER} && "
-                f"cd {FOLDER} && python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
+                # uv, because the images' own Python may be older than is needed.
+                f"cd {FOLDER} && python3 -m pip install -q --user uv && UV=~/.local/bin/uv && "
+                "$UV venv -q --python 3.12 .venv && $UV pip install -q -p .venv -e '.[tpu]'"
             ),
         ),
         EnvironmentFile(
@@ -114,7 +118,7 @@ def start(pod: Pod, command: Sequence[str]) -> Plan:
         f"{shlex.join(command)}; echo $? > ~/{EXIT}"
     )
     script = (
-        f"chmod 600 {ENVIRONMENT}; rm -f {EXIT}; cd {FOLDER}; "
+        f"{_END}; chmod 600 {ENVIRONMENT}; rm -f {EXIT}; cd {FOLDER}; "
         f"setsid nohup bash -c {shlex.quote(inner)} >> ~/{LOG} 2>&1 < /dev/null & "
         f"echo $! > ~/{PID}"
     )
@@ -124,8 +128,7 @@ def start(pod: Pod, command: Sequence[str]) -> Plan:
 
 def stop(pod: Pod) -> Plan:
     """End the command on all workers: those that lost a partner wait for it."""
-    script = f"kill -KILL -- -$(cat {PID}) 2>/dev/null; true"
-    command = Command("end what is left of the run", pod.on_all(script), may_fail=True)
+    command = Command("end what is left of the run", pod.on_all(_END), may_fail=True)
     return Plan(f"stop on {pod.name}", (command,))
 
 

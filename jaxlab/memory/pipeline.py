@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError, WorkerError
+from jaxlab.errors import BankError
 from jaxlab.memory.header import BankSpec, Shard
 from jaxlab.memory.store import Bank, StoredReference
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
-from jaxlab.sharding.processes import agree, exchange, leader_first, leads, reporter
+from jaxlab.sharding.processes import exchange, leader_first, leads, raise_together, reporter
 from jaxlab.training.corpus import fit_embedder
 from jaxlab.training.load import LoadedModel
 
@@ -107,8 +107,7 @@ def write_bank(
                 shard = _store(bank, mine, encode, embedder, references, part, model)
         except BankError as error:
             problem = error
-        if reason := agree(problem and str(problem)):
-            raise problem or WorkerError(f"{reason}: see its log")
+        raise_together(problem)
         told = exchange(shard.to_json() if shard else "")[: len(starts)]
         leader_first(functools.partial(bank.add, [Shard.from_json(text) for text in told]))
         report(f"bank {url}: {len(bank):,} of {len(references):,} references")

@@ -3,6 +3,7 @@
 Every function here is called by all processes in the same order, as the steps of training are.
 """
 
+import json
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,7 +38,7 @@ def agree(problem: str | None) -> str | None:
 def leader_first(work: Callable[[], T]) -> T:
     """What ``work`` returns: process 0 does it, then the others, who find the files that it left.
 
-    A JaxlabError of one is raised there, and a WorkerError in the others.
+    A JaxlabError of one is raised there, and word of it in the others.
     """
     first = _by(leads(), work)
     second = _by(not leads(), work)
@@ -60,12 +61,28 @@ def exchange(text: str) -> list[str]:
     ]
 
 
+def raise_together(problem: JaxlabError | None) -> None:
+    """Raise the problem of this process; where another one has one, word of it and its exit code.
+
+    So all end alike, and who launched them hears of nothing else.
+    """
+    said = "" if problem is None else json.dumps([problem.exit_code, str(problem)])
+    told = exchange(said)
+    if problem is not None:
+        raise problem
+    for process, text in enumerate(told):
+        if text:
+            code, message = json.loads(text)
+            error = WorkerError(f"process {process}: {message}")
+            error.exit_code = code
+            raise error
+
+
 def _by(mine: bool, work: Callable[[], T]) -> T | None:
     result, problem = None, None
     try:
         result = work() if mine else None
     except JaxlabError as error:
         problem = error
-    if reason := agree(problem and str(problem)):
-        raise problem or WorkerError(f"{reason}: see its log")
+    raise_together(problem)
     return result

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,7 @@ def _train(
         run_mesh(config)  # refuses what cannot be before the corpus is read
         corpus = leader_first(functools.partial(prepare_corpus, config, run, report=report))
         config = resolve_model(config, corpus.tokenizer.vocab_size)
-        if leads():
-            save_yaml(config, run / CONFIG_FILE)
+        leader_first(functools.partial(_publish, config, run))
         neighbourhood = None
         reads = any(stage.memory for stage in config.stages.named().values())
         if reads and config.data.facts_fraction < 1:
@@ -147,6 +147,17 @@ def _train(
     goodput.close()
     report(goodput.summary())
     return result
+
+
+def _publish(config: ExperimentConfig, run: Path) -> None:
+    """Process 0 writes the configuration down, and the others see it, or share no file system."""
+    if leads():
+        save_yaml(config, run / CONFIG_FILE)
+    elif not (run / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{run}: {socket.gethostname()} does not see what process 0 wrote there: a run lies on "
+            "a file system that all its hosts share"
+        )
 
 
 @contextlib.contextmanager

@@ -38,7 +38,9 @@ class Watchdog:
         leave: Callable[[int], Any] = os._exit,
         every: float | None = None,
     ):
-        self._seconds, self._run, self._clock, self._leave = seconds, run, clock, leave
+        self._seconds, self._clock, self._leave = seconds, clock, leave
+        # Asked here: in the thread it might wait for what hangs.
+        self._file = run / f"hang-{jax.process_index()}.txt"
         self._every = every or min((seconds or 0.0) / 4, 5.0)
         self._last = ("start", clock())
         self._done = threading.Event()
@@ -70,9 +72,7 @@ class Watchdog:
             f"(training.hang_seconds is {self._seconds:g}): the process ends; threads:\n"
         )
         try:
-            # Where this process is, whatever is stuck; jax's number of it may not be known yet.
-            file = self._run / f"hang-{jax.process_index()}.txt"
-            with open(file, "w", encoding="utf-8") as written:
+            with open(self._file, "w", encoding="utf-8") as written:
                 written.write(said)
                 written.flush()
                 faulthandler.dump_traceback(written, all_threads=True)

@@ -94,13 +94,10 @@ class Tiny:
 
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The shared run and bank; whoever needs them first makes them, the others wait."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    made = Tiny(base / "tiny")
+    made = Tiny(shared_folder(tmp_path_factory) / "tiny")
     made.folder.mkdir(exist_ok=True)
     share_compiled(made.folder / "compiled")
-    with _locked(made.folder / "lock"):
+    with locked(made.folder / "lock"):
         if not made.config.exists():
             _write_corpora(made)
             log = made.folder / "batches.log"
@@ -114,12 +111,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return made
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder that all workers of one call of pytest have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def _succeeds(ended: Ended) -> None:
     assert ended.code == 0, ended.err
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Only one process at a time has this file."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -15,7 +15,7 @@ import pytest
 from jaxlab.memory.store import Bank
 from jaxlab.training.metrics import read_metrics
 from launch.local import Local, LocalLauncher
-from tests.integration.tiny_run import end_state, numbers
+from tests.integration.tiny_run import end_state, locked, numbers, shared_folder
 from tests.sharding.test_training import TOLERANCE, write_config
 
 MESH = ("mesh.fsdp=4", "mesh.tensor=2")
@@ -36,6 +36,8 @@ def train(folder: Path, out: Path, *, mesh=MESH, on_line=lambda line, pids: None
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Compiling is most of what these runs do.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     run = Local(command, environment=cache, **options)
     return LocalLauncher(run, say=say).launch(), said
@@ -43,13 +45,23 @@ def train(folder: Path, out: Path, *, mesh=MESH, on_line=lambda line, pids: None
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("processes"))
+    """Configuration and compiled programs, shared by all workers of the tests."""
+    made = shared_folder(tmp_path_factory) / "processes"
+    made.mkdir(exist_ok=True)
+    with locked(made / "lock"):
+        if not (made / "tiny.yaml").exists():
+            write_config(made)
+    return made
 
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Path:
-    code, said = train(folder, folder / "undisturbed")
-    assert code == 0, said[-20:]
+    """A run that is left alone; whoever needs it first makes it, the others wait."""
+    with locked(folder / "lock"):
+        if not (folder / "undisturbed.done").exists():
+            code, said = train(folder, folder / "undisturbed")
+            assert code == 0, said[-20:]
+            (folder / "undisturbed.done").touch()
     return folder / "undisturbed"
 
 

@@ -13,7 +13,7 @@ demo: $(VENV)/.run
 	$(BIN)/jaxlab demo --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

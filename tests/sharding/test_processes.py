@@ -36,8 +36,6 @@ def train(folder: Path, out: Path, *, mesh=MESH, on_line=lambda line, pids: None
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # Compiling is most of what these runs do.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     run = Local(command, environment=cache, **options)
     return LocalLauncher(run, say=say).launch(), said

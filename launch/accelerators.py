@@ -27,6 +27,9 @@ NAMES = {
     "v6e": Names("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
 }
 
+# Eight chips of these kinds are rented as one virtual machine, more of them in machines of four.
+_WHOLE_MACHINE = {"v5e": 8, "v6e": 8}
+
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
@@ -47,13 +50,15 @@ class Accelerator:
 
     @property
     def hosts(self) -> int:
-        """Of one slice."""
-        return max(1, self.where.chips // self.where.slices // CHIPS_PER_HOST)
+        """Virtual machines of one slice."""
+        return self.where.chips // self.where.slices // self.chips_of_a_host
 
     @property
     def chips_of_a_host(self) -> int:
-        """How many chips one host has."""
-        return min(CHIPS_PER_HOST, self.where.chips // self.where.slices)
+        """Chips of one virtual machine: four, but all of a slice that is one whole machine."""
+        chips = self.where.chips // self.where.slices
+        whole = _WHOLE_MACHINE.get(self.where.kind, CHIPS_PER_HOST)
+        return chips if chips <= whole else CHIPS_PER_HOST
 
     @property
     def shape(self) -> str:

@@ -139,11 +139,21 @@ def logs(pod: Pod, lines: int) -> Plan:
 
 
 def state(pod: Pod) -> Command:
-    """Prints the state of the queued resource: ACTIVE, SUSPENDED, FAILED, ..."""
-    return Command("ask for its state", pod.gcloud("describe", "--format=value(state.state)"))
+    """Prints the state of the queued resource: ACTIVE, SUSPENDED, ...; nothing without one."""
+    command = ("gcloud", "compute", "tpus", "queued-resources", "list", *pod.place)
+    only = (f"--filter=name~/{pod.name}$", "--format=value(state.state)")
+    return Command("ask for its state", (*command, *only))
 
 
 def codes(pod: Pod) -> Command:
-    """Prints ``worker HOST NUMBER CODE`` of every worker; CODE is ``running`` before the end."""
-    script = f"echo worker $(hostname) $({_NUMBER}) $(cat {EXIT} 2>/dev/null || echo running)"
+    """Prints ``worker HOST NUMBER STATE`` of every worker.
+
+    STATE is an exit code; ``running``; or ``idle``, when nothing was started there. What vanished
+    without an exit code was killed.
+    """
+    script = (
+        f"echo worker $(hostname) $({_NUMBER}) $(cat {EXIT} 2>/dev/null || "
+        f"if [ ! -f {PID} ]; then echo idle; "
+        f"elif kill -0 -- -$(cat {PID}) 2>/dev/null; then echo running; else echo 137; fi)"
+    )
     return Command("ask how the workers are", pod.on_all(script), may_fail=True)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from launch import pod
-from launch.plan import EnvironmentFile, Plan, carry_out
+from launch.accelerators import accelerator
+from launch.plan import EnvironmentFile, Plan, carry_out, read_environment
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -218,3 +219,19 @@ def test_the_recipes_show_what_their_commands_print(capsys, request):
     if request.config.getoption("--update-golden"):
         RECIPES.write_text(now)
     assert count >= 5 and now == RECIPES.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "hosts", "chips"),
+    [("v5e-4", 1, 4), ("v5e-8", 1, 8), ("v6e-8", 1, 8), ("v5e-16", 4, 4), ("v5p-16", 2, 4)],
+)
+def test_eight_chips_of_a_kind_that_has_them_in_one_machine_are_one_host(name, hosts, chips):
+    found = accelerator(name)
+    assert (found.hosts, found.chips_of_a_host) == (hosts, chips)
+
+
+def test_a_variable_that_only_begins_like_a_secret_is_none():
+    assert read_environment(["TOKENIZERS_PARALLELISM=false"]) == (
+        {"TOKENIZERS_PARALLELISM": "false"},
+        (),
+    )

@@ -15,10 +15,22 @@ import pytest
 from jaxlab.memory.store import Bank
 from jaxlab.training.metrics import read_metrics
 from launch.local import Local, LocalLauncher
-from tests.integration.tiny_run import end_state, locked, numbers, shared_folder
-from tests.sharding.test_training import TOLERANCE, write_config
+from tests.integration.tiny_run import CONFIG, end_state, locked, numbers, pages, shared_folder
 
+# Sums over devices come in another order, and two stages of two and three steps carry it on.
+TOLERANCE = 1e-5
 MESH = ("mesh.fsdp=4", "mesh.tensor=2")
+
+
+def write_config(folder: Path) -> Path:
+    """A tiny run whose sizes eight devices divide, as ``tiny.yaml`` in the folder."""
+    (folder / "corpus.jsonl").write_text(pages(random.Random(0)))
+    text = CONFIG.replace("CORPUS", str(folder / "corpus.jsonl"))
+    text = text.replace("heads: 2\n  kv_heads: 1", "heads: 4\n  kv_heads: 2")
+    text = text.replace("batch_size: 2", "batch_size: 8").replace("keep: 1", "keep: 3")
+    text = text.replace("evaluate_every: 1", "evaluate_every: 0")
+    (folder / "tiny.yaml").write_text(text)
+    return folder
 
 
 def train(folder: Path, out: Path, *, mesh=MESH, on_line=lambda line, pids: None, **options):
@@ -31,7 +43,7 @@ def train(folder: Path, out: Path, *, mesh=MESH, on_line=lambda line, pids: None
             pids[:] = map(int, found[1].split())
         on_line(line, pids)
 
-    words = ("train", folder / "tiny.yaml", "--out", out, "--set", *mesh)
+    words = ("train", folder / "tiny.yaml", "--out", out, *(("--set", *mesh) if mesh else ()))
     command = (sys.executable, "-m", "jaxlab.cli", *map(str, words))
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -68,6 +80,15 @@ def losses(run: Path) -> list[float]:
     return [line[key] for line in lines for key in ("loss", "validation_loss") if key in line]
 
 
+def test_both_stages_with_ire_lose_on_eight_devices_of_two_processes_what_they_lose_on_one(
+    folder, undisturbed
+):
+    code, said = train(folder, folder / "alone", mesh=(), processes=1, devices=1)
+    assert code == 0, said[-20:]
+    assert len(losses(undisturbed)) == 7
+    np.testing.assert_allclose(losses(undisturbed), losses(folder / "alone"), rtol=TOLERANCE)
+
+
 def test_what_is_killed_or_told_to_stop_goes_on_to_the_same_bits(folder, undisturbed):
     """A worker is killed in the warmup, and the launcher gets SIGTERM in the continual stage."""
     run, killed, told = folder / "disturbed", [], []
@@ -101,12 +122,12 @@ def keep_checkpoints(run: Path, last: int) -> None:
             shutil.rmtree(path)
 
 
-def test_one_process_and_then_four_on_another_mesh_go_on_as_the_two_did(folder, undisturbed):
+def test_one_process_and_then_four_on_other_meshes_go_on_as_the_two_did(folder, undisturbed):
     run = shutil.copytree(undisturbed, folder / "changed")
     keep_checkpoints(run, 1)
-    code, said = train(folder, run, processes=1, devices=8)
+    mesh = ("mesh.replica=2", "mesh.fsdp=2", "mesh.tensor=2")
+    code, said = train(folder, run, mesh=mesh, processes=1, devices=8)
     assert code == 0 and any("resuming at step 1 (warmup)" in line for line in said), said[-20:]
-    # Between processes sums come in another order than within one.
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=TOLERANCE)
     before = losses(run)
     keep_checkpoints(run, 4)

@@ -32,7 +32,7 @@ class BatchPlace:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Array]:
         """The batch on the devices, from the arrays of this process's :attr:`rows`."""
         sharding, rows = batch_sharding(self.mesh), self.rows
-        if len(rows) == self.size:
+        if sharding is None or sharding.is_fully_addressable:
             return jax.device_put(batch, sharding)
         at = {row: place for place, row in enumerate(rows)}
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlab.errors import JaxlabError, WorkerError
+from jaxlab.errors import ConfigError, JaxlabError, WorkerError
 
 T = TypeVar("T")
 
@@ -27,12 +27,62 @@ def reporter(report: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def agree(problem: str | None) -> str | None:
-    """Wait for all processes; the problem of this one, or word that another one has a problem."""
+    """Wait for all processes; the problem of this one, else that of the first other with one."""
     if jax.process_count() == 1:
         return problem
     with jax.transfer_guard("allow"):
         flags = multihost_utils.process_allgather(np.int32(problem is not None))
-    return problem or ("another process reports a problem" if flags.any() else None)
+    if not flags.any():
+        return None
+    told = exchange(problem or "")
+    first = int(np.flatnonzero(flags)[0])
+    return problem or f"process {first}: {told[first]}"
+
+
+def all_or_none(
+    work: Callable[[], T], *, catch: type[Exception] = Exception, failure: type[Exception]
+) -> T:
+    """What ``work`` returns here, once it has returned in every process.
+
+    ``work`` talks to no other process. Where it raises ``catch`` in one, all raise ``failure`` with
+    the first line of that, so that none waits for what another will not do.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except catch as error:
+        problem = error
+    if reason := agree(problem and one_line(problem)):
+        raise failure(reason) from problem
+    return result
+
+
+def same_everywhere(what: str, identity: str) -> None:
+    """Raise WorkerError, in every process, unless ``identity`` is that of process 0 in all."""
+    told = exchange(identity)
+    others = [str(number) for number, text in enumerate(told) if text != told[0]]
+    if others:
+        error = WorkerError(
+            f"{what} of process {', '.join(others)} is not that of process 0: give all hosts the "
+            "same files"
+        )
+        error.exit_code = 1  # it would be so again
+        raise error
+
+
+def refuse_several(what: str) -> None:
+    """Raise ConfigError when ``what`` is run by several processes, which do not share it."""
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"{what} runs in one process, and here are {jax.process_count()}: start it once"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error's message; both ends of a long one, as causes come last."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = text.partition(" [tensorstore_spec=")[0]
+    return text if len(text) <= 200 else f"{text[:60]} … {text[-120:]}"
 
 
 def leader_first(work: Callable[[], T]) -> T:

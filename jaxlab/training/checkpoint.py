@@ -6,10 +6,13 @@ configuration, and the checksums of all of it. It is written under a temporary n
 a file system that all processes share.
 """
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,20 @@ import jax
 
 from jaxlab.config import differences
 from jaxlab.errors import CheckpointError
-from jaxlab.sharding.processes import agree
+from jaxlab.sharding.processes import all_or_none, exchange, leader_first, leads
 from jaxlab.training.checkpoint_files import (
     Damaged,
+    Unwritten,
     named_leaves,
-    one_line,
     read_host,
     read_manifest,
     read_state,
     write_checkpoint,
 )
 from jaxlab.typing import PyTree
+
+# Seconds in which a host must see what process 0 sees; NFS keeps a listing for one minute.
+_SEEN_WITHIN = 90.0
 
 
 @dataclass(frozen=True)
@@ -57,19 +63,22 @@ class Checkpoints:
     ):
         self._root = Path(directory) / "checkpoints"
         self._keep, self._config_hash, self._config, self._warn = keep, config_hash, config, warn
-        if jax.process_index() == 0:
-            try:
-                self._root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"{self._root}: cannot be made: {error.strerror}") from None
-            _clean(self._root)
-        agree(None)
+        leader_first(self._make)
         for entry in _entries(self._root):
             try:
                 manifest = read_manifest(entry.path)
             except Damaged:
                 continue  # restore sets it aside, with a message
             self._check_config(entry.path, manifest)
+
+    def _make(self) -> None:
+        if not leads():
+            return
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            _clean(self._root)
+        except OSError as error:
+            raise CheckpointError(f"{self._root}: cannot be made: {error.strerror}") from None
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None in a fresh run directory.
@@ -80,7 +89,7 @@ class Checkpoints:
         entries = _entries(self._root)
         if entries:
             return entries[-1].step
-        if any(self._root.glob("*.damaged*")):
+        if json.loads(exchange(json.dumps(any(self._root.glob("*.damaged*"))))[0]):
             raise CheckpointError(
                 f"{self._root}: every checkpoint is damaged; start again in another run directory"
             )
@@ -115,25 +124,21 @@ class Checkpoints:
             "config_hash": self._config_hash,
             "config": self._config,
         }
-        problem = None
         try:
             with jax.transfer_guard("allow"):
                 write_checkpoint(temporary, state, host_text, identity=identity)
-            if jax.process_index() == 0:
-                _publish(temporary, target)
-        except Exception as error:  # Orbax and tensorstore raise many kinds when a disk is full
-            problem = error
-            if jax.process_index() == 0:
+            all_or_none(lambda: leads() and _publish(temporary, target), failure=Unwritten)
+        except Unwritten as error:
+            if leads():
                 shutil.rmtree(temporary, ignore_errors=True)
-        if reason := agree(problem and one_line(problem)):
             cure = ""
-            if isinstance(problem, PermissionError):
+            if isinstance(error.__cause__, PermissionError):
                 cure = f"; let this account write to {self._root}, or train into another directory"
             raise CheckpointError(
-                f"{target}: the checkpoint was not written: {reason}; earlier ones are untouched"
+                f"{target}: the checkpoint was not written: {error}; earlier ones are untouched"
                 + cure
-            ) from problem
-        self._prune()
+            ) from error.__cause__
+        all_or_none(self._prune, failure=CheckpointError)
         return target
 
     def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -145,17 +150,13 @@ class Checkpoints:
         """
         while entries := _entries(self._root):
             path = entries[-1].path
-            problem, restored = None, None
             try:
                 manifest = read_manifest(path)
                 self._check_config(path, manifest)
-                restored = read_state(path, manifest, template), read_host(path, manifest)
+                return read_state(path, manifest, template), read_host(path, manifest)
             except Damaged as error:
-                problem = str(error)
-            problem = agree(problem)
-            if problem is None:
-                return restored
-            self._set_aside(path, problem)
+                move = functools.partial(self._set_aside, path, str(error))
+                all_or_none(move, failure=CheckpointError)
         raise CheckpointError(f"{self._root}: there is no checkpoint that can be restored")
 
     def _check_config(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -173,24 +174,24 @@ class Checkpoints:
         )
 
     def _set_aside(self, path: Path, problem: str) -> None:
-        if jax.process_index() == 0:
-            aside, count = path.with_name(f"{path.name}.damaged"), 1
-            while aside.exists():
-                count += 1
-                aside = path.with_name(f"{path.name}.damaged-{count}")
-            os.rename(path, aside)
-            self._warn(f"{path}: damaged ({problem}); moved to {aside.name}, trying the one before")
-        agree(None)
+        if not leads():
+            return
+        aside, count = path.with_name(f"{path.name}.damaged"), 1
+        while aside.exists():
+            count += 1
+            aside = path.with_name(f"{path.name}.damaged-{count}")
+        os.rename(path, aside)
+        self._warn(f"{path}: damaged ({problem}); moved to {aside.name}, trying the one before")
 
     def _prune(self) -> None:
-        if jax.process_index() == 0:
-            unlabelled = [entry for entry in _entries(self._root) if entry.label is None]
-            for entry in unlabelled[: -self._keep]:
-                # Renamed first: killed half way, it is a leftover and not a damaged checkpoint.
-                doomed = entry.path.with_name(f"{entry.path.name}.tmp")
-                os.rename(entry.path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-        agree(None)
+        if not leads():
+            return
+        unlabelled = [entry for entry in _list(self._root) if entry.label is None]
+        for entry in unlabelled[: -self._keep]:
+            # Renamed first: killed half way, it is a leftover and not a damaged checkpoint.
+            doomed = entry.path.with_name(f"{entry.path.name}.tmp")
+            os.rename(entry.path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def split_location(location: str | Path) -> tuple[str, str]:
@@ -223,13 +224,40 @@ def read_weights(location: str, template: PyTree, *, warn: Callable[[str], None]
 
 
 def _entries(root: Path) -> list[_Entry]:
-    """The checkpoints under their final names, oldest first."""
-    found = []
-    for path in root.glob("*"):
-        digits, _, label = path.name.partition("-")
-        if digits.isdigit() and "." not in label:
-            found.append(_Entry(int(digits), label or None, path))
+    """The checkpoints that process 0 sees under their final names, oldest first.
+
+    Raises CheckpointError in a process that does not see them, too, after a while.
+    """
+    names = [entry.path.name for entry in _list(root)] if leads() else []
+    told = json.loads(exchange(json.dumps(names))[0])
+    if not leads():
+        _wait_for(root, told)
+    return [_entry(root / name) for name in told]
+
+
+def _wait_for(root: Path, names: Sequence[str]) -> None:
+    """A network file system shows other hosts what is new there with a delay."""
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while unseen := [name for name in names if not (root / name).exists()]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{root}: {socket.gethostname()} does not see {', '.join(unseen)}, which process 0 "
+                "sees: a run lies on a file system that all its hosts share"
+            )
+        list(root.glob("*"))  # which asks the file system anew
+        time.sleep(1.0)
+
+
+def _list(root: Path) -> list[_Entry]:
+    found = [entry for path in root.glob("*") if (entry := _entry(path))]
     return sorted(found, key=lambda entry: (entry.step, entry.label or ""))
+
+
+def _entry(path: Path) -> _Entry | None:
+    digits, _, label = path.name.partition("-")
+    if digits.isdigit() and "." not in label:
+        return _Entry(int(digits), label or None, path)
+    return None
 
 
 def _clean(root: Path) -> None:

@@ -1,19 +1,23 @@
 """What one checkpoint directory holds, how it is written and how it is verified."""
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxlab.errors import CheckpointError
-from jaxlab.sharding.processes import agree
+from jaxlab.sharding.processes import all_or_none, leads, one_line
 from jaxlab.training.checksums import array_checksums, file_digest, json_digest
 from jaxlab.typing import PyTree
+
+T = TypeVar("T")
 
 FORMAT = 1
 # Files of the state up to this size (Orbax's bookkeeping) are hashed byte by byte; the large ones
@@ -25,38 +29,64 @@ class Damaged(Exception):
     """This checkpoint cannot be trusted; an earlier one may be."""
 
 
+class Unwritten(Exception):
+    """A part of a checkpoint could not be written, here or by another process."""
+
+
 def write_checkpoint(
     directory: Path, state: PyTree, host_text: str, *, identity: Mapping[str, Any]
 ) -> None:
-    """Write all files of a checkpoint; the manifest, which ``identity`` goes into, comes last."""
+    """Write all files of a checkpoint; the manifest, which ``identity`` goes into, comes last.
+
+    Raises Unwritten in every process where one cannot write its part.
+    """
     arrays = _raw_arrays(named_leaves(state))
-    if jax.process_index() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    if lack := agree(_lack_of_room(directory.parent, arrays)):
-        raise OSError(lack)
-    checksums = array_checksums(arrays)
-    _write_synced(directory / f"host-{jax.process_index()}.json", host_text)
     # Orbax refuses arrays without elements; the template alone restores those.
     full = {name: array for name, array in arrays.items() if array.size}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        orbax.save((directory / "state").absolute(), args=ocp.args.PyTreeSave(full))
-    agree(None)
-    if jax.process_index() == 0:
-        manifest = {
-            **identity,
-            "format": FORMAT,
-            "processes": jax.process_count(),
-            "arrays": {name: [*_kind(arrays[name]), checksums[name]] for name in arrays},
-            "files": {
-                path.relative_to(directory).as_posix(): file_digest(path)
-                for path in _hashed_files(directory)
-            },
-        }
-        # Through JSON once, so that the hash is of what will be read back.
-        manifest = json.loads(json.dumps(manifest))
-        sealed = {"manifest": manifest, "sha256": json_digest(manifest)}
-        _write_synced(directory / "manifest.json", json.dumps(sealed, indent=1))
+    # Not its Checkpointer, whose barriers a process that fails does not come to.
+    orbax, store = ocp.PyTreeCheckpointHandler(), epath.Path((directory / "state").absolute())
+
+    def begin() -> None:
+        if leads():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            store.mkdir()
+            # Where the others wait ten minutes for process 0, which may not come that far.
+            (store / "array_metadatas").mkdir()
+        if lack := _lack_of_room(directory.parent, arrays):
+            raise OSError(lack)
+
+    def write() -> None:
+        _write_synced(directory / f"host-{jax.process_index()}.json", host_text)
+        orbax.save(store, args=ocp.args.PyTreeSave(full))
+
+    def seal() -> None:
+        if not leads():
+            return
+        orbax.finalize(store)
+        kinds = {name: [*_kind(array), checksums[name]] for name, array in arrays.items()}
+        _seal(directory, {**identity, "arrays": kinds})
+
+    all_or_none(begin, failure=Unwritten)
+    checksums = array_checksums(arrays)
+    all_or_none(write, failure=Unwritten)
+    all_or_none(seal, failure=Unwritten)
+
+
+def _seal(directory: Path, manifest: Mapping[str, Any]) -> None:
+    manifest = {
+        **manifest,
+        "format": FORMAT,
+        "processes": jax.process_count(),
+        "files": {
+            path.relative_to(directory).as_posix(): file_digest(path)
+            for path in _hashed_files(directory)
+        },
+    }
+    # Through JSON once, so that the hash is of what will be read back.
+    manifest = json.loads(json.dumps(manifest))
+    sealed = {"manifest": manifest, "sha256": json_digest(manifest)}
+    _write_synced(directory / "manifest.json", json.dumps(sealed, indent=1))
 
 
 def _lack_of_room(directory: Path, arrays: Mapping[str, Any]) -> str | None:
@@ -73,7 +103,18 @@ def _lack_of_room(directory: Path, arrays: Mapping[str, Any]) -> str | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after its own hash and those of the files it lists were verified."""
+    """The manifest, after its own hash and those of the files it lists were verified.
+
+    Raises Damaged in every process when one finds it so, as the other readers here do.
+    """
+    return _agreed(functools.partial(_read_manifest, path))
+
+
+def _agreed(work: Callable[[], T]) -> T:
+    return all_or_none(work, catch=Damaged, failure=Damaged)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         sealed = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         manifest = sealed["manifest"]
@@ -110,7 +151,10 @@ def read_host(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointError when those saved different ones: none of them is that of this process.
     """
-    count = manifest["processes"]
+    return _agreed(functools.partial(_read_host, path, manifest["processes"]))
+
+
+def _read_host(path: Path, count: int) -> dict[str, Any]:
     if count == jax.process_count():
         return _read_host_file(path, jax.process_index())
     first, *others = (_read_host_file(path, number) for number in range(count))
@@ -141,7 +185,7 @@ def read_state(
     arrays = {}
     with jax.transfer_guard("allow"):
         if full:
-            arrays = _read_arrays(path / "state", full)
+            arrays = _agreed(functools.partial(_read_arrays, path / "state", full))
         for name, struct in wanted.items():
             if not struct.size:
                 arrays[name] = jax.device_put(
@@ -159,8 +203,8 @@ def _read_arrays(directory: Path, structs: dict[str, jax.ShapeDtypeStruct]) -> d
     how = ocp.checkpoint_utils.construct_restore_args(structs)
     request = ocp.args.PyTreeRestore(item=structs, restore_args=how, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-            return orbax.restore(directory.absolute(), args=request)
+        # The handler alone talks to no other process.
+        return ocp.PyTreeCheckpointHandler().restore(epath.Path(directory.absolute()), args=request)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # the machine's trouble, not the checkpoint's
     except Exception as error:  # damage shows as whatever the reader trips over
@@ -238,10 +282,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error's message; both ends of a long one, as causes come last."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = text.partition(" [tensorstore_spec=")[0]
-    return text if len(text) <= 200 else f"{text[:60]} … {text[-120:]}"

@@ -38,14 +38,17 @@ class InterruptGuard:
         self.received: int | None = None
         self._former: dict[int, Any] = {}
         self._together = jax.process_count() > 1
-        self._asked = 0
+        self._asked, self._told = 0, False
 
     def stops(self) -> bool:
         """Whether to stop here; of several processes each asks before every step."""
         if not self._together:
             return self.received is not None
-        self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        if not self._told:
+            self._asked += 1
+            # True once, at the step that all processes stop at, and never again.
+            self._told = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._told
 
     @property
     def preempted(self) -> bool:

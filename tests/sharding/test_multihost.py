@@ -5,32 +5,13 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError, WorkerError
 from jaxlab.sharding.multihost import Place, find_place, roll_call
-from jaxlab.training.checkpoint import Checkpoints
+from tests.sharding.two_processes import free_address, run_two
 
-# Starts, and saves an array that no process holds whole.
-SAVE = """
-import sys
-from jaxlab.sharding.multihost import start
-start()
-import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxlab.config import MeshConfig
-from jaxlab.sharding.mesh import make_mesh
-from jaxlab.training.checkpoint import Checkpoints
-cut = NamedSharding(make_mesh(MeshConfig()), PartitionSpec("fsdp"))
-weights = jax.jit(lambda: jnp.arange(16.0).reshape(8, 2), out_shardings=cut)()
-run = Checkpoints(sys.argv[1], keep=1, config_hash="a" * 64)
-run.save(3, {"weights": weights}, {"step": 3})
-"""
 GIVEN = {
     "JAXLAB_COORDINATOR": "pod-0:8476",
     "JAXLAB_PROCESSES": "4",
@@ -54,11 +35,6 @@ with jax.transfer_guard("disallow"):
 weighted = jax.jit(lambda x: (x * np.arange(1, 17).reshape(8, 2)).sum())(batch["tokens"])
 print(place.process, jax.device_count(), *spread.rows, int(weighted))
 """
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def outcomes(*places: Place) -> list[str | None]:
@@ -171,32 +147,6 @@ def test_a_stranger_on_the_port_does_not_stop_the_roll_call():
     assert said == [None, None]
 
 
-def run_two(code: str, *arguments: str) -> list[str]:
-    """Output of two processes of one run, with two devices each."""
-    common = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "2",
-        "JAXLAB_COORDINATOR": free_address(),
-        "JAXLAB_PROCESSES": "2",
-        "JAXLAB_START_TIMEOUT": "60",
-    }
-    common.pop("XLA_FLAGS", None)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            env=common | {"JAXLAB_PROCESS_ID": str(number)},
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in (0, 1)
-    ]
-    ended = [child.communicate() for child in children]
-    assert not any(child.returncode for child in children), ended
-    return [out for out, _ in ended]
-
-
 def test_two_real_processes_become_one_run_with_one_batch():
     last = [out.splitlines()[-1].split() for out in run_two(BATCH)]
     weighted = str(sum(n**2 * (n + 1) for n in range(16)))
@@ -204,11 +154,3 @@ def test_two_real_processes_become_one_run_with_one_batch():
         ["0", "4", "0", "1", "4", "5", weighted],
         ["1", "4", "2", "3", "6", "7", weighted],
     ]
-
-
-def test_what_two_processes_save_one_restores_with_its_position(tmp_path):
-    run_two(SAVE, str(tmp_path))
-    template = {"weights": jnp.zeros((8, 2))}
-    restored, position = Checkpoints(tmp_path, keep=1, config_hash="a" * 64).restore(template)
-    np.testing.assert_array_equal(restored["weights"], np.arange(16).reshape(8, 2))
-    assert position == {"step": 3}

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments)
     from jaxlab.sharding.multihost import joined, leave
 
-    return leave(_run(arguments, joined))
+    return leave(lambda: _run(arguments, joined))
 
 
 def _run(arguments: argparse.Namespace, joined=contextlib.nullcontext) -> int:

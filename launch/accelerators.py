@@ -49,6 +49,13 @@ class Accelerator:
         return f"{self.names.accelerator}-{chips * self.names.counts}"
 
     @property
+    def options(self) -> tuple[str, ...]:
+        """What gcloud is asked for: the type, or kind and shape where the type is another shape."""
+        if topology(self.type).sides == self.where.sides:
+            return (f"--accelerator-type={self.type}",)
+        return (f"--type={self.names.accelerator}", f"--topology={self.shape}")
+
+    @property
     def hosts(self) -> int:
         """Virtual machines of one slice."""
         return self.where.chips // self.where.slices // self.chips_of_a_host

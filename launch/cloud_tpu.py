@@ -50,7 +50,7 @@ class Pod:
 
 def create(pod: Pod, chips: Accelerator, *, tier: str, labels: Mapping[str, str]) -> Plan:
     """Ask for the chips. tier: ``spot``, ``reserved`` or ``on-demand``."""
-    options = [f"--accelerator-type={chips.type}", f"--runtime-version={chips.names.runtime}"]
+    options = [*chips.options, f"--runtime-version={chips.names.runtime}"]
     if chips.where.slices > 1:
         options += [f"--node-count={chips.where.slices}", f"--node-prefix={pod.name}"]
     else:
@@ -105,7 +105,6 @@ def run(
             secrets,
         ),
         Command("bring them to all workers", pod.copied(file, ENVIRONMENT)),
-        Command("remove them here", ("rm", "-f", file)),
         *start(pod, command).steps,
     )
     return Plan(f"run {shlex.join(command)} on {pod.name}", steps)

@@ -8,7 +8,7 @@ import yaml
 
 from launch.accelerators import Accelerator
 from launch.plan import Command, File, Plan
-from launch.policy import AGAIN, STOP
+from launch.policy import AGAIN, PASSING
 
 _VARIABLE = "JAXLAB_DISTRIBUTED"
 
@@ -23,13 +23,15 @@ def manifest(
     environment: Mapping[str, str],
     secrets: tuple[str, ...] = (),
     secret_name: str = "jaxlab",
+    volumes: Mapping[str, str] | None = None,
     spot: bool = False,
     grace: int = 300,
 ) -> dict[str, Any]:
     """The JobSet: one job a slice, one pod a host, all started again together.
 
     Exit codes that a repetition would meet again fail the set at once. Secrets are named and come
-    from the Kubernetes secret ``secret_name``. grace: seconds between SIGTERM and the end.
+    from the Kubernetes secret ``secret_name``. volumes: where each persistent volume claim is
+    mounted. grace: seconds between SIGTERM and the end.
     """
     variables = [{"name": k, "value": v} for k, v in {_VARIABLE: "auto", **environment}.items()]
     variables += [
@@ -48,6 +50,10 @@ def manifest(
         "env": variables,
         "resources": {"limits": {"google.com/tpu": chips.chips_of_a_host}},
     }
+    if volumes:
+        container["volumeMounts"] = [
+            {"name": claim, "mountPath": path} for claim, path in volumes.items()
+        ]
     pod = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": grace,
@@ -56,7 +62,12 @@ def manifest(
         "nodeSelector": selector,
         "containers": [container],
     }
-    stops = {"containerName": "jaxlab", "operator": "In", "values": list(STOP)}
+    if volumes:
+        pod["volumes"] = [
+            {"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in volumes
+        ]
+    # As launch.policy.judge: what is not known to pass stops, and 0 is no failure.
+    stops = {"containerName": "jaxlab", "operator": "NotIn", "values": list(PASSING)}
     job = {
         "parallelism": chips.hosts,
         "completions": chips.hosts,
@@ -86,7 +97,8 @@ def manifest(
 
 def apply(name: str, chips: Accelerator, command: Sequence[str], **options: Any) -> Plan:
     """Write the manifest and give it to the cluster that kubectl knows."""
-    content = yaml.safe_dump(manifest(name, chips, command, **options), sort_keys=False)
+    wanted = manifest(name, chips, command, **options)
+    content = yaml.safe_dump(wanted, sort_keys=False, default_flow_style=None, width=110)
     path = f".launch/{name}.yaml"
     steps = (
         File("what Kubernetes is to run", path, content),

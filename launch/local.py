@@ -109,6 +109,7 @@ class LocalLauncher:
             begun = self._clock()
             self._start(start)
             verdict = judge(self._wait())
+            self._workers.clear()  # their numbers are free for processes that are not ours
             told = f"told to stop ({signal.Signals(self._signal).name})" if self._signal else None
             self._say(f"[launch] start {start}: {told or verdict.decision.value}: {verdict.reason}")
             if verdict.decision is not Decision.AGAIN or self._signal is not None:
@@ -179,9 +180,7 @@ class LocalLauncher:
                 break
             time.sleep(_LOOK_SECONDS)
         late = dict.fromkeys(self._workers.keys() - codes.keys(), -signal.SIGKILL)
-        for worker in late:
-            self._workers[worker].kill()
-            self._workers[worker].wait()
+        self._end_all()
         for pump in self._pumps:
             pump.join()
         self._pumps.clear()
@@ -199,10 +198,11 @@ class LocalLauncher:
         self._signal = number
 
     def _end_all(self) -> None:
+        """With what they have started, which may hold their output open."""
         for child in self._workers.values():
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def delay(row: int) -> float:

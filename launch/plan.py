@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 # Values of such variables are taken from the environment by name and never stand in a plan.
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_|$)", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(KEY|TOKEN|SECRET|PASS|PASSWORD|PASSWD|CREDENTIAL|COOKIE|(^|_)(AUTH|DSN|PAT))S?(_|$)",
+    re.IGNORECASE,
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -57,16 +60,15 @@ class EnvironmentFile:
 
     def content(self, environment: Mapping[str, str]) -> str:
         """The file; raises LaunchError naming the variables that the environment lacks."""
-        lacking = [name for name in self.secret if name not in environment]
-        if lacking:
-            raise LaunchError(f"--env {lacking[0]}: not set in this environment; export it first")
+        check_set(self.secret, environment)
         values = {**self.plain, **{name: environment[name] for name in self.secret}}
         return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
 
     def __str__(self) -> str:
         lines = [f"{name}={shlex.quote(value)}" for name, value in self.plain.items()]
         lines += [f"{name}=(from this environment, not shown)" for name in self.secret]
-        return f"write {self.path}, readable by its owner only:\n" + _indented("\n".join(lines))
+        how = "readable by its owner only and removed at the end"
+        return f"write {self.path}, {how}:\n" + _indented("\n".join(lines))
 
 
 Step = Command | File | EnvironmentFile
@@ -93,14 +95,19 @@ def carry_out(
     environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Do the steps one after the other. Raises LaunchError at the first that fails."""
-    for number, step in enumerate(plan.steps, start=1):
-        say(f"[{number}/{len(plan.steps)}] {step.why}")
-        if isinstance(step, Command):
-            run_command(step)
-        elif isinstance(step, File):
-            _write(step.path, step.content, step.mode)
-        else:
-            _write(step.path, step.content(environment), 0o600)
+    try:
+        for number, step in enumerate(plan.steps, start=1):
+            say(f"[{number}/{len(plan.steps)}] {step.why}")
+            if isinstance(step, Command):
+                run_command(step)
+            elif isinstance(step, File):
+                _write(step.path, step.content, step.mode)
+            else:
+                _write(step.path, step.content(environment), 0o600)
+    finally:
+        for step in plan.steps:
+            if isinstance(step, EnvironmentFile):
+                Path(step.path).unlink(missing_ok=True)
 
 
 def run_command(step: Command, *, capture: bool = False) -> str:
@@ -126,6 +133,13 @@ def _write(path: str, content: str, mode: int) -> None:
     file.unlink(missing_ok=True)
     with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as opened:
         opened.write(content)
+
+
+def check_set(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Raise LaunchError naming the first variable that the environment lacks."""
+    for name in names:
+        if name not in environment:
+            raise LaunchError(f"--env {name}: not set in this environment; export it first")
 
 
 def read_environment(given: Sequence[str]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -14,7 +14,7 @@ from launch import cloud_tpu, gke, slurm
 from launch.accelerators import accelerator
 from launch.cloud_tpu import Pod
 from launch.local import Local, LocalLauncher, worker_environment
-from launch.plan import LaunchError, Plan, carry_out, check_name, read_environment
+from launch.plan import LaunchError, Plan, carry_out, check_name, check_set, read_environment
 from launch.watch import Watched, Watcher
 
 _TIERS = ("spot", "reserved", "on-demand")
@@ -108,6 +108,8 @@ def _cluster_commands(commands) -> None:
     cluster.add_argument("--spot", action="store_true")
     text = "the Kubernetes secret that holds what --env NAME names (jaxlab)"
     cluster.add_argument("--secret", default="jaxlab", metavar="NAME", help=text)
+    text = "mount a persistent volume claim, for the run's folder"
+    cluster.add_argument("--volume", action="append", default=[], metavar="CLAIM=PATH", help=text)
     cluster.add_argument("--via", choices=("kubectl", "xpk"), default="kubectl", help="(kubectl)")
     cluster.add_argument("--cluster", help="of --via xpk")
 
@@ -143,23 +145,36 @@ def _pod(arguments: argparse.Namespace) -> Pod:
     return Pod(check_name("--name", arguments.name), arguments.zone, arguments.project)
 
 
-def _creation(arguments: argparse.Namespace) -> Plan:
-    labels = {}
-    for word in arguments.label:
+def _pairs(option: str, given: Sequence[str], form: str) -> dict[str, str]:
+    pairs = {}
+    for word in given:
         key, sign, value = word.partition("=")
         if not sign:
-            raise LaunchError(f"--label {word}: give KEY=VALUE")
-        labels[check_name("--label", key)] = value
+            raise LaunchError(f"{option} {word}: give {form}")
+        pairs[check_name(option, key)] = value
+    return pairs
+
+
+def _creation(arguments: argparse.Namespace) -> Plan:
+    labels = _pairs("--label", arguments.label, "KEY=VALUE")
     chips = accelerator(arguments.accelerator, arguments.slices)
     return cloud_tpu.create(_pod(arguments), chips, tier=arguments.tier, labels=labels)
 
 
 def _start(arguments: argparse.Namespace) -> Plan:
-    plain, secrets = read_environment(arguments.env)
+    plain, secrets = _environment(arguments)
     commit = _commit(allow_dirty=arguments.allow_dirty)
     return cloud_tpu.run(
         _pod(arguments), arguments.command, commit=commit, environment=plain, secrets=secrets
     )
+
+
+def _environment(arguments: argparse.Namespace) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The run's variables, and the names of those whose values must be here before chips come."""
+    plain, secrets = read_environment(arguments.env)
+    if not arguments.dry_run:
+        check_set(secrets)
+    return plain, secrets
 
 
 def _commit(*, allow_dirty: bool) -> str:
@@ -232,7 +247,12 @@ def _gke(arguments: argparse.Namespace) -> int:
     common = {"image": arguments.image, "restarts": arguments.restarts, "environment": plain}
     if arguments.via == "kubectl":
         options = {"secrets": secrets, "secret_name": arguments.secret, "spot": arguments.spot}
+        options["volumes"] = _pairs("--volume", arguments.volume, "CLAIM=PATH")
         return _do(gke.apply(name, chips, arguments.command, **common, **options), arguments)
+    if arguments.spot or arguments.volume:
+        raise LaunchError(
+            "--spot, --volume: xpk has them of its cluster; leave them out or use --via kubectl"
+        )
     if not arguments.cluster:
         raise LaunchError("--via xpk needs --cluster NAME")
     if secrets:
@@ -242,7 +262,7 @@ def _gke(arguments: argparse.Namespace) -> int:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    plain, secrets = read_environment(arguments.env)
+    plain, secrets = _environment(arguments)
     plan = slurm.submit(
         check_name("--name", arguments.name),
         arguments.command,

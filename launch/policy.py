@@ -21,6 +21,8 @@ MEANINGS = {
 STOP = (1, 2, 3, 130)
 AGAIN = (75, 76, 77)
 _SIGINT = 2
+# The codes of ends that may pass, for who is to be given a list: signals but SIGINT, too.
+PASSING = (*AGAIN, 129, *range(131, 160))
 
 
 class Decision(enum.Enum):

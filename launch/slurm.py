@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from launch.plan import Command, File, Plan
 from launch.policy import AGAIN
 
+# $0 is the folder of exit codes. A trap, not the signal's default: the code is still to be written.
+_TASK = 'trap : TERM; "$@"; code=$?; echo $code > "$0/$SLURM_PROCID"; exit $code'
+
 
 def script(
     name: str,
@@ -22,6 +25,8 @@ def script(
 ) -> str:
     """The batch script. It saves ``grace`` seconds before its time is over and is queued again.
 
+    A node has one process with all its GPUs, and is the job's alone.
+
     Secrets are exported from the shell that submits, by name.
     """
     minutes = round(hours * 60)
@@ -32,6 +37,8 @@ def script(
         f"#SBATCH --nodes={nodes}",
         "#SBATCH --ntasks-per-node=1",
         f"#SBATCH --gpus-per-node={gpus}",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
         f"#SBATCH --time={minutes // 60:02d}:{minutes % 60:02d}:00",
         f"#SBATCH --signal=TERM@{grace}",
         "#SBATCH --requeue",
@@ -45,14 +52,23 @@ def script(
             for key, value in {"JAXLAB_DISTRIBUTED": "auto", **environment}.items()
         ),
         "",
-        "# When one process ends with an error the others, which wait for it, are ended, too.",
-        f"srun --kill-on-bad-exit=1 {shlex.join(command)}",
+        "# When one process ends with an error the others, which wait for it, are ended, too. srun",
+        "# tells the highest exit code only, so each writes down its own, whatever signal it gets.",
+        f'codes=".launch/{name}-$SLURM_JOB_ID"',
+        'rm -rf "$codes" && mkdir -p "$codes"',
+        f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(_TASK)} "$codes" {shlex.join(command)}',
         "code=$?",
         "",
-        "# Preempted, hung, another process lost, a signal: the run goes on from its checkpoint.",
-        "again=no",
-        f'case "$code" in {"|".join(map(str, AGAIN))}) again=yes ;; esac',
-        'if [ "$code" -gt 128 ] && [ "$code" -ne 130 ]; then again=yes; fi',
+        "# Preempted, hung, another process lost, a signal: the run goes on from its checkpoint,",
+        "# unless one process met what a repetition would meet again.",
+        "passes() {",
+        f'  case "$1" in 0|{"|".join(map(str, AGAIN))}) true ;;'
+        ' *) [ "$1" -gt 128 ] && [ "$1" -ne 130 ] ;; esac',
+        "}",
+        'again=yes; [ "$code" -eq 0 ] && again=no',
+        'for own in $(cat "$codes"/* 2>/dev/null) "$code"; do',
+        '  passes "$own" || { again=no; code=$own; break; }',
+        "done",
         f'if [ "$again" = yes ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then',
         '  scontrol requeue "$SLURM_JOB_ID"',
         "fi",

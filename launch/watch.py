@@ -69,8 +69,14 @@ class Watcher:
                 self._say(f"{self._watched.pod.name}: {error}; trying again")
                 code = None
             if code is not None:
+                self._say_what_is_left()
                 return code
             self._sleep(self._watched.poll_seconds)
+
+    def _say_what_is_left(self) -> None:
+        pod = self._watched.pod
+        words = ("python -m launch.pod delete --name", pod.name, *pod.place)
+        self._say(f"{pod.name}: its chips stay yours, and paid for, until: {' '.join(words)}")
 
     def _look(self) -> int | None:
         """Look once and do what is needed; the exit code when it is over."""

@@ -21,8 +21,9 @@ from jaxlab.errors import ConfigError, DataError
 from jaxlab.memory.read import MemoryReader
 from jaxlab.models.attention import Slots
 from jaxlab.sharding.batches import BatchPlace, local_place
-from jaxlab.sharding.processes import exchange
+from jaxlab.sharding.processes import exchange, same_everywhere
 from jaxlab.sharding.rules import is_spread, spec
+from jaxlab.training.checksums import texts_digest
 from jaxlab.training.load import LoadedModel
 from jaxlab.training.losses import token_log_probabilities
 from jaxlab.training.step import SequenceFormat
@@ -73,7 +74,8 @@ def score_documents(
     "without memory" (spec 10.6). ``report(done, all)`` is called after each batch of rows. Several
     processes score their share each; all have the scores of all.
 
-    Raises ConfigError for an unknown mode and for a mode that needs a bank when there is none.
+    Raises ConfigError for an unknown mode and for a mode that needs a bank when there is none;
+    WorkerError in several processes that have other documents or models.
     """
     if memory not in MODES:
         raise ConfigError(f"memory is {memory!r}: choose one of {', '.join(MODES)}")
@@ -84,6 +86,8 @@ def score_documents(
             raise ConfigError(f"memory {memory} needs a bank: give one with --bank")
         model.require_memory()
         reader = reader.shuffled(seed=0) if memory == "shuffled" else reader
+    same_everywhere("the model", lambda: dataclasses.asdict(model.identity))
+    same_everywhere("the source", lambda: texts_digest(document.text for document in documents))
     rows, place = _rows(model, documents), local_place(_BATCH)
     score, given = _compile(model, memory), place.whole((model.params, model.preface))
     nats, count = np.zeros(len(documents)), jax.process_count()

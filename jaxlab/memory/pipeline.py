@@ -14,13 +14,22 @@ import numpy as np
 
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError
+from jaxlab.errors import BankError, Preempted
 from jaxlab.memory.header import BankSpec, Shard
 from jaxlab.memory.store import Bank, StoredReference
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
-from jaxlab.sharding.processes import exchange, leader_first, leads, raise_together, reporter
+from jaxlab.sharding.processes import (
+    exchange,
+    leader_first,
+    leads,
+    raise_together,
+    reporter,
+    same_everywhere,
+)
+from jaxlab.training.checksums import texts_digest
 from jaxlab.training.corpus import fit_embedder
+from jaxlab.training.guards import InterruptGuard
 from jaxlab.training.load import LoadedModel
 
 SHARD_REFERENCES = 1024
@@ -80,12 +89,15 @@ def write_bank(
     Several processes write a shard each at a time, and process 0 puts them into the header.
 
     Raises BankError when the bank belongs to another model or was begun with other references, and
-    when it cannot be written.
+    when it cannot be written; in several processes WorkerError when they have other references or
+    models, and Preempted, between two shards, when the machine is being taken away.
     """
     model.require_memory()
     references = References.build(
         documents, model.tokenizer, length=model.config.memory.reference_length
     )
+    same_everywhere("the model", lambda: dataclasses.asdict(model.identity))
+    same_everywhere("the source", lambda: texts_digest(references.texts))
     report = reporter(report)
     bank, embedder = leader_first(
         functools.partial(_open_or_create, model, references, url, embedder)
@@ -97,8 +109,10 @@ def write_bank(
         reopen = functools.partial(Bank.open, url, identity=model.identity)
         bank = leader_first(lambda: reopen(write=leads()))
     encode = ReferenceEncoder(model)
-    processes, mine = jax.process_count(), jax.process_index()
+    processes, mine, guard = jax.process_count(), jax.process_index(), InterruptGuard()
     for start in range(begun, len(references), shard_references * processes):
+        if guard.stops():
+            raise Preempted(f"bank {url}: {len(bank):,} of {len(references):,} references kept")
         starts = range(start, len(references), shard_references)[:processes]
         shard = problem = None
         try:

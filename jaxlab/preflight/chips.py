@@ -42,7 +42,7 @@ GIB = 2.0**30
 CHIPS: dict[str, Chip] = {
     "v5e": Chip(15.75 * GIB, 819e9, 197e12, 45e9, 2, 16, 12.5e9),
     "v5p": Chip(95.74 * GIB, 2765e9, 459e12, 90e9, 3, 4, 25e9),
-    "v6e": Chip(31.25 * GIB, 1640e9, 918e12, 90e9, 2, 16, 25e9),
+    "v6e": Chip(31.25 * GIB, 1640e9, 918e12, 90e9, 2, 16, 50e9),
 }
 CHIPS_PER_HOST = 4
 
@@ -150,6 +150,8 @@ def wires(where: Topology, group: Sequence[Any]) -> Wires:
     """
     if len({getattr(device, "slice_index", 0) or 0 for device in group}) > 1:
         return Wires(where.chip.dcn / CHIPS_PER_HOST, "dcn")
+    # Three-dimensional slices are cabled in cubes: one that is thinner on any side is a mesh.
+    closes = where.chip.torus < 3 or all(side % where.chip.wraps_at == 0 for side in where.sides)
     total = 0.0
     for axis, side in enumerate(where.sides):
         places = sorted({device.coords[axis] for device in group})
@@ -157,6 +159,6 @@ def wires(where: Topology, group: Sequence[Any]) -> Wires:
             continue
         apart = min(b - a for a, b in zip(places, places[1:], strict=False))
         whole = len(places) * apart == side
-        ring = whole and side % where.chip.wraps_at == 0 and len(places) > 2
+        ring = whole and closes and side % where.chip.wraps_at == 0 and len(places) > 2
         total += where.chip.link * (2 if ring else 1) / apart
     return Wires(total or where.chip.link, "ici")

@@ -21,7 +21,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
@@ -34,6 +35,9 @@ GRACE_SECONDS = 10.0
 _LINE = 4096
 # What the runtime says of errors that no other process has to do with: no memory, a bad program.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
+_OWN_WORDS = ("compil", "mosaic", "lowering")
+# The words of the collectives and of the coordination service, whatever error they come under.
+_OTHERS_WORDS = ("gloo", "nccl", "heartbeat", "coordination", "agent must be", "connection", "peer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,8 @@ def start(environment: Mapping[str, str] = os.environ) -> Place | None:
         place.coordinator,
         place.processes,
         place.process,
+        # The place is known, and a detection would give a Slurm task one of its node's GPUs.
+        cluster_detection_method="deactivate",
         initialization_timeout=place.timeout,
     )
     return place
@@ -79,7 +85,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Place | None
         yield place
         jax.distributed.shutdown()
     except jax.errors.JaxRuntimeError as error:
-        if place.processes == 1 or str(error).startswith(_OWN_FAULTS):
+        if place.processes == 1 or not others_fault(str(error)):
             raise
         text = str(error).strip().splitlines()[0][:300]
         raise WorkerError(
@@ -88,11 +94,26 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Place | None
         ) from error
 
 
-def leave(code: int) -> int:
-    """The exit code; where all did not come to a common end, the process ends here and now.
+def others_fault(said: str) -> bool:
+    """Whether an error of the runtime tells of another process, so that a new start may help."""
+    words = said.lower()
+    if any(word in words for word in _OTHERS_WORDS):
+        return True
+    return not (said.startswith(_OWN_FAULTS) or any(word in words for word in _OWN_WORDS))
+
+
+def leave(run: Callable[[], int]) -> int:
+    """The exit code of ``run``; where all did not come to a common end, the process ends at once.
 
     At exit JAX waits for the other processes, which may be waiting for this one.
     """
+    try:
+        code = run()
+    except BaseException:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,7 +5,7 @@ Every function here is called by all processes in the same order, as the steps o
 
 import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -57,9 +57,11 @@ def all_or_none(
     return result
 
 
-def same_everywhere(what: str, identity: str) -> None:
-    """Raise WorkerError, in every process, unless ``identity`` is that of process 0 in all."""
-    told = exchange(identity)
+def same_everywhere(what: str, identity: Callable[[], Any]) -> None:
+    """Raise WorkerError in every process unless ``identity``, as JSON, is the same in all."""
+    if jax.process_count() == 1:
+        return
+    told = exchange(json.dumps(identity()))
     others = [str(number) for number, text in enumerate(told) if text != told[0]]
     if others:
         error = WorkerError(

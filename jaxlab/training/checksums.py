@@ -6,7 +6,7 @@ verified on another, and no process needs to see the whole array.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,15 @@ def _words(x: Array) -> Array:
         x = x.astype(jnp.uint8)
     word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     return lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
 
 
 def json_digest(values: Any) -> str:

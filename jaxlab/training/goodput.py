@@ -86,7 +86,8 @@ class Goodput:
         self._write()
 
     def sign_of_life(self) -> None:
-        """Write the times down if that was not done lately."""
+        """Something was done: write the times down if that was not done lately."""
+        self._beat(self._active[-1])
         if self._clock() - self._written >= _SIGN_EVERY:
             self._turn()
             self._write()

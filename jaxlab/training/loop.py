@@ -306,7 +306,7 @@ class _Evaluator:
             )
         elif stage.memory:
             samples = None  # trained on facts alone: there is no text to evaluate with memory
-        self._samples = samples
+        self._samples, self._goodput = samples, run.goodput
         self._batch = stage.batch_size // stage.accumulation
         self._place = BatchPlace(run.mesh, self._batch)
         self._count = min(run.config.training.evaluate_rows, len(rows))
@@ -323,6 +323,7 @@ class _Evaluator:
             batch = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
             sums = jax.device_get(self._loss(params, self._place(batch)))
             total, weight = total + float(sums[0]), weight + float(sums[1])
+            self._goodput.sign_of_life()
         return total / max(weight, 1.0)
 
     def _sample(self, part: list[int], row: int) -> dict[str, np.ndarray]:

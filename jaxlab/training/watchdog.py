@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 EXIT_CODE = 76
-# Compiling, reading a corpus, evaluating and saving take many times as long as a step may.
-_PATIENCE = {"step": 1.0, "data": 1.0}
+# Compiling, evaluating and saving take many times as long as a step may; a corpus that is read and
+# searched for neighbours by one process, while the others wait, takes hours.
+_PATIENCE = {"step": 1.0, "data": 1.0, "init": 100.0}
 _ELSE = 10.0
 
 
@@ -25,8 +26,9 @@ class Watchdog:
 
     A collective whose partner is gone waits forever, and whoever launched the run sees a process
     that is alive. Before the end the stacks of all threads go to stderr and to
-    ``RUN/hang-PROCESS.txt``. Steps and batches have ``seconds``, everything else ten times that;
-    None: no watch. ``clock``, ``leave`` and ``every`` (seconds between two looks) are for tests.
+    ``RUN/hang-PROCESS.txt``. Steps and batches have ``seconds``, preparation a hundred times that
+    and everything else ten times; None: no watch. ``clock``, ``leave`` and ``every`` (seconds
+    between two looks) are for tests.
     """
 
     def __init__(

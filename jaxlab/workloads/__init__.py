@@ -10,15 +10,21 @@ __all__ = ["WORKLOADS", "Workload", "config_class", "trainer"]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Where a workload's configuration class and its ``train(config, run)`` are, MODULE:NAME."""
+    """Where a workload's configuration class and its ``train(config, run)`` are, MODULE:NAME.
+
+    ``together``: several processes may train as one.
+    """
 
     config: str
     train: str
+    together: bool = False
 
 
 # Named and not imported: a configuration is checked without jax.
 WORKLOADS: dict[str, Workload] = {
-    "language-model": Workload("jaxlab.config:ExperimentConfig", "jaxlab.training.loop:train"),
+    "language-model": Workload(
+        "jaxlab.config:ExperimentConfig", "jaxlab.training.loop:train", together=True
+    ),
     "vision": Workload(
         "jaxlab.workloads.vision_config:VisionConfig", "jaxlab.workloads.vision:train_vision"
     ),
@@ -35,7 +41,14 @@ def config_class(workload: str) -> type:
 
 
 def trainer(workload: str) -> Callable[..., Any]:
-    """The function that runs a workload, given its configuration and a run directory."""
+    """The function that runs a workload, given its configuration and a run directory.
+
+    Raises ConfigError in one of several processes when the workload is not shared among them.
+    """
+    if not WORKLOADS[workload].together:
+        from jaxlab.sharding.processes import refuse_several
+
+        refuse_several(f"workload {workload}")
     return _imported(WORKLOADS[workload].train)
 
 

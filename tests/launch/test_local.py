@@ -41,6 +41,13 @@ def test_all_done_is_done_and_every_line_has_its_worker(tmp_path):
     assert said[-1] == "[launch] start 1: done: all workers are done"
 
 
+def test_what_a_worker_leaves_behind_does_not_keep_the_launcher(tmp_path):
+    left = 'import subprocess; subprocess.Popen(["sleep", "600"]); sys.exit(me)'
+    begun = time.monotonic()
+    code, _ = launch(tmp_path, left, grace=1.0)
+    assert code == 1 and time.monotonic() - begun < 60
+
+
 def test_a_killed_worker_ends_the_others_and_all_start_again(tmp_path):
     code, said = launch(
         tmp_path,

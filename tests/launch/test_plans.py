@@ -3,16 +3,16 @@
 import os
 import re
 import shlex
-import stat
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch import pod
+from launch import pod, slurm
 from launch.accelerators import accelerator
-from launch.plan import EnvironmentFile, Plan, carry_out, read_environment
+from launch.plan import Command, EnvironmentFile, LaunchError, Plan, carry_out, read_environment
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -20,6 +20,7 @@ TRAIN = "-- jaxlab train configs/memory3_2b.yaml --out /mnt/runs/a --set name=it
 PLANS = {
     "create": "create --name a-run --zone us-east5-a --accelerator v5p-128 --tier spot "
     "--project lab --label team=memory",
+    "create_shape": "create --name a-run --zone us-west4-a --accelerator v5p:2x2x16",
     "create_slices": "create --name a-run --zone us-west4-a --accelerator v5e:16x16 --slices 4",
     "run": f"run --name a-run --zone us-east5-a --env WANDB_API_KEY --env TZ=UTC {TRAIN}",
     "watch": f"watch --name a-run --zone us-east5-a --accelerator v6e-64 --tier spot {TRAIN}",
@@ -27,7 +28,7 @@ PLANS = {
     "logs": "logs --name a-run --zone us-east5-a --lines 5",
     "delete": "delete --name a-run --zone us-east5-a",
     "gke": "gke --name a-run --accelerator v5p-128 --slices 2 --image registry/jaxlab:1 --spot "
-    f"--env HF_TOKEN --env TZ=UTC {TRAIN}",
+    f"--volume runs=/mnt/runs --env HF_TOKEN --env TZ=UTC {TRAIN}",
     "xpk": "gke --name a-run --accelerator v5e-256 --image registry/jaxlab:1 --via xpk "
     f"--cluster pods {TRAIN}",
     "slurm": f"slurm --name a-run --nodes 4 --hours 1.5 --partition h200 --env HF_TOKEN {TRAIN}",
@@ -75,14 +76,46 @@ def test_the_files_of_a_plan_are_what_their_readers_take(name, capsys, tmp_path)
     body = [line[4:] for line in lines[begin : lines.index("# 2. queue it")]]
     script.write_text("\n".join(body))
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    # With programs that stand for Slurm's the script asks to be queued again, or does not.
-    for code, asks in ((0, False), (1, False), (75, True), (77, True), (137, True), (130, False)):
-        asked = tmp_path / f"asked-{code}"
-        fake(tmp_path, "srun", f"exit {code}")
+    # With programs that stand for Slurm's the script asks to be queued again, or does not. As the
+    # real one srun tells the highest code of all tasks.
+    fake(tmp_path, "jaxlab", "exit $(echo $CODES | cut -d, -f$((SLURM_PROCID + 1)))")
+    fake(
+        tmp_path,
+        "srun",
+        'shift; most=0; for SLURM_PROCID in 0 1 2; do export SLURM_PROCID; "$@"; code=$?; '
+        "[ $code -gt $most ] && most=$code; done; exit $most",
+    )
+    for codes, code, asks in (
+        ("0,0,0", 0, False),
+        ("1,77,137", 1, False),
+        ("143,3,77", 3, False),
+        ("75,75,75", 75, True),
+        ("77,137,77", 137, True),
+        ("77,127,77", 127, False),
+        ("75,130,75", 130, False),
+    ):
+        asked = tmp_path / f"asked-{codes}"
         fake(tmp_path, "scontrol", f"touch {asked}")
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-        assert subprocess.run(["bash", script], env=environment).returncode == code
+        ended = subprocess.run(["bash", script], env=environment | {"CODES": codes}, cwd=tmp_path)
+        assert ended.returncode == code
         assert asked.exists() == asks
+
+
+def test_a_task_of_slurm_lives_through_sigterm_to_write_its_exit_code(tmp_path):
+    """Slurm sends it to the shell around the command, too."""
+    fake(tmp_path, "jaxlab", 'trap "exit 75" TERM; echo on; while :; do sleep 0.1; done')
+    task = subprocess.Popen(
+        ["bash", "-c", slurm._TASK, tmp_path, tmp_path / "jaxlab"],
+        env=os.environ | {"SLURM_PROCID": "4"},
+        stdout=subprocess.PIPE,
+        process_group=0,
+    )
+    assert task.stdout.readline() == b"on\n"
+    os.killpg(task.pid, signal.SIGTERM)
+    assert task.wait(30) == 75
+    task.stdout.close()
+    assert (tmp_path / "4").read_text() == "75\n"
 
 
 def fake(folder: Path, name: str, body: str) -> None:
@@ -111,19 +144,22 @@ def test_a_plan_is_carried_out_in_order_and_secrets_come_from_the_environment(
     assert sent == "JAXLAB_DISTRIBUTED=auto\nTZ=UTC\nWANDB_API_KEY=a-secret-value\n"
     assert not (tmp_path / ".launch" / "a-run.env").exists()
     said = capsys.readouterr().out
-    assert said.splitlines()[0].startswith("[1/8] ") and "a-secret-value" not in said
+    assert said.splitlines()[0].startswith("[1/7] ") and "a-secret-value" not in said
 
 
 def test_the_file_with_secrets_is_its_owners_alone(tmp_path):
     file = tmp_path / "run.env"
     file.write_text("old")
     step = EnvironmentFile("variables", str(file), {"A": "b c"}, ("KEY",))
-    carry_out(Plan("p", (step,)), say=lambda _: None, environment={"KEY": "it's"})
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    shown = subprocess.run(
-        ["bash", "-c", f'. {file}; echo "$A|$KEY"'], capture_output=True, text=True
-    )
-    assert shown.stdout == "b c|it's\n"
+    look = f'. {file}; echo "$A|$KEY" $(stat -c %a {file}) > {tmp_path}/seen; exit 3'
+    with pytest.raises(LaunchError, match="ended with exit code 3"):
+        carry_out(
+            Plan("p", (step, Command("look", ("bash", "-c", look)))),
+            say=lambda _: None,
+            environment={"KEY": "it's"},
+        )
+    assert (tmp_path / "seen").read_text() == "b c|it's 600\n"
+    assert not file.exists()  # whatever fails
 
 
 @pytest.mark.parametrize(
@@ -148,6 +184,10 @@ def test_the_file_with_secrets_is_its_owners_alone(tmp_path):
         (
             f"gke --name a --image i --accelerator v6e-8 --via xpk {TRAIN}",
             "--via xpk needs --cluster",
+        ),
+        (
+            f"gke --name a --image i --accelerator v6e-8 --via xpk --cluster c --spot {TRAIN}",
+            "--spot, --volume: xpk has them of its cluster",
         ),
         (
             "gke --name a --image i --accelerator v6e-8 --via xpk --cluster c --env HF_TOKEN "
@@ -176,7 +216,9 @@ def test_a_secret_that_is_not_set_and_a_program_that_is_not_there_are_named(
     (tmp_path / "bash").symlink_to("/bin/bash")
     monkeypatch.delenv("WANDB_API_KEY")
     assert pod.main(shlex.split(PLANS["run"])) == 1
-    assert "--env WANDB_API_KEY: not set in this environment" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "--env WANDB_API_KEY: not set in this environment" in said.err
+    assert not said.out  # nothing was done before
 
 
 def test_files_that_differ_from_the_commit_are_not_run_without_a_word(tmp_path, monkeypatch):
@@ -231,7 +273,11 @@ def test_eight_chips_of_a_kind_that_has_them_in_one_machine_are_one_host(name, h
 
 
 def test_a_variable_that_only_begins_like_a_secret_is_none():
-    assert read_environment(["TOKENIZERS_PARALLELISM=false"]) == (
-        {"TOKENIZERS_PARALLELISM": "false"},
-        (),
-    )
+    given = {"TOKENIZERS_PARALLELISM": "false", "PATH_TO": "x", "AUTHOR": "me"}
+    assert read_environment([f"{k}={v}" for k, v in given.items()]) == (given, ())
+
+
+@pytest.mark.parametrize("name", ["DB_PASS", "NETRC_PASSWORD", "GITHUB_PAT", "SENTRY_DSN", "AUTH"])
+def test_whatever_is_called_like_a_secret_is_one(name):
+    with pytest.raises(LaunchError, match=f"--env {name}: a secret is not written"):
+        read_environment([f"{name}=abc"])

@@ -13,6 +13,11 @@ from launch.watch import Watched, Watcher
 
 POD = Pod("a-run", "us-east5-a")
 TRAIN = ("jaxlab", "train", "c")
+# What is said at the end, whatever the end.
+LEFT = (
+    "a-run: its chips stay yours, and paid for, until: "
+    "python -m launch.pod delete --name a-run --zone=us-east5-a"
+)
 
 
 def workers(*codes) -> str:
@@ -57,6 +62,7 @@ def watch(
     )
     code = watcher.watch()
     assert not left
+    assert said.pop() == LEFT
     return code, done, said, pauses
 
 

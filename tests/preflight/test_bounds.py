@@ -59,6 +59,8 @@ def test_a_ring_sends_both_ways_a_line_one_way_and_slices_by_the_network():
     assert wires(part, [at(x, 0) for x in range(4)]).bandwidth == CHIPS["v5e"].link
     # Every second chip shares the links with those between.
     assert wires(part, [at(0, 0), at(2, 0)]).bandwidth == CHIPS["v5e"].link / 2
+    thin = topology("v5p:2x2x4")  # no cube: its ends are not cabled to each other
+    assert wires(thin, [at(0, 0, z) for z in range(4)]).bandwidth == CHIPS["v5p"].link
     apart = wires(topology("v5p:4x4x4", 2), [at(0, 0, 0), at(0, 0, 0, slice_index=1)])
     assert apart.network == "dcn" and apart.bandwidth == CHIPS["v5p"].dcn / 4
 

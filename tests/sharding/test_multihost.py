@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxlab.errors import ConfigError, WorkerError
-from jaxlab.sharding.multihost import Place, find_place, roll_call
-from tests.sharding.two_processes import free_address, run_two
+from jaxlab.sharding.multihost import Place, find_place, others_fault, roll_call
+from tests.sharding.two_processes import end_two, free_address, run_two, start_two
 
 GIVEN = {
     "JAXLAB_COORDINATOR": "pod-0:8476",
@@ -75,6 +75,26 @@ def test_a_slurm_job_gives_the_place_by_itself():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert ended.stdout.split() == ["gpu07", "6", "5"], ended.stderr
+
+
+def test_a_process_of_a_slurm_job_keeps_all_gpus_of_its_node():
+    """JAX's own detection gives each task one, the task's number on its node."""
+    code = (
+        "from jaxlab.sharding.multihost import start\n"
+        "start()\n"
+        "import jax\n"
+        "from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES\n"
+        "print(CUDA_VISIBLE_DEVICES.value, jax.local_device_count())"
+    )
+    slurm = {"SLURM_JOB_ID": "12345", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    slurm |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
+    slurm |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    place = {"JAXLAB_DISTRIBUTED": "auto"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | slurm | place
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ended.stdout.split()[-2:] == ["all", "2"], ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -145,6 +165,77 @@ def test_a_stranger_on_the_port_does_not_stop_the_roll_call():
         said = outcomes(Place(address, 2, 0, 20), Place(address, 2, 1, 20))
         visit.result()
     assert said == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("said", "others"),
+    [
+        ("UNAVAILABLE: Connection reset by peer", True),
+        ("FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: timed out", True),
+        ("FAILED_PRECONDITION: Agent must be in CONNECTED state. It is currently in ERROR", True),
+        ("INTERNAL: an error that nobody has described", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out", True),
+        ("INTERNAL: Mosaic failed to compile TPU kernel: not implemented", False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes", False),
+        ("FAILED_PRECONDITION: the buffer has been donated", False),
+    ],
+)
+def test_errors_that_come_again_are_told_from_those_of_other_processes(said, others):
+    assert others_fault(said) is others
+
+
+# One process fails with what no command expects, while the other one waits for it.
+UNEXPECTED = """
+import sys
+from jaxlab.sharding.multihost import joined, leave
+def run():
+    with joined() as place:
+        import jax
+        from jaxlab.sharding.processes import agree
+        agree(None)
+        if place.process == 1:
+            raise ValueError("nobody expected this")
+        agree(None)
+    return 0
+def told():
+    from jaxlab.errors import WorkerError
+    try:
+        return run()
+    except WorkerError as error:
+        print(error)
+        return error.exit_code
+sys.exit(leave(told))
+"""
+
+
+def test_whatever_one_process_dies_of_none_waits_for_it():
+    first, second = end_two(start_two(UNEXPECTED))
+    assert (first[0], second[0]) == (77, 1)
+    assert "process 0 of 2: another process or the connection to it has failed" in first[1]
+    assert "ValueError: nobody expected this" in second[2]
+
+
+# Each process has a source of its own; both must hear of it.
+DIFFERENT = """
+from jaxlab.sharding.multihost import start
+place = start()
+from jaxlab.errors import JaxlabError
+from jaxlab.sharding.processes import same_everywhere
+from jaxlab.workloads import trainer
+same_everywhere("the model", lambda: {"hash": "a"})
+for check in (lambda: same_everywhere("the source", lambda: place.process),
+              lambda: trainer("vision")):
+    try:
+        check()
+    except JaxlabError as error:
+        print(error.exit_code, error)
+"""
+
+
+def test_processes_that_found_other_sources_or_cannot_share_say_so():
+    for out in run_two(DIFFERENT):
+        assert "1 the source of process 1 is not that of process 0" in out
+        assert "1 workload vision runs in one process, and here are 2" in out
 
 
 def test_two_real_processes_become_one_run_with_one_batch():

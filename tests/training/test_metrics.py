@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxlab.config import IREConfig, ModelConfig, OptimizerConfig, ScheduleConfig, StageConfig
 from jaxlab.training.guards import (
@@ -109,6 +111,15 @@ def test_a_signal_asks_the_loop_to_stop_and_the_former_handler_comes_back(number
         assert guard.stops()
         assert guard.preempted == (number == signal.SIGTERM)
     assert signal.getsignal(number) is former
+
+
+def test_of_several_processes_none_forgets_that_it_was_told_to_stop(monkeypatch):
+    """JAX says so once, at one step; where a stage ends there, the next one must hear it, too."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 3)
+    with InterruptGuard() as guard:
+        assert [guard.stops() for _ in range(6)] == [False, False, True, True, True, True]
+        assert guard.preempted
 
 
 def test_a_second_interrupt_raises():

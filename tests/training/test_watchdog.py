@@ -20,9 +20,16 @@ class Ended:
 
 @pytest.mark.parametrize(
     ("activity", "silent", "ends"),
-    [("step", 11, True), ("step", 9, False), ("compile", 99, False), ("compile", 101, True)],
+    [
+        ("step", 11, True),
+        ("step", 9, False),
+        ("compile", 99, False),
+        ("compile", 101, True),
+        ("init", 999, False),
+        ("init", 1001, True),
+    ],
 )
-def test_a_step_has_the_seconds_given_and_other_work_ten_times_that(
+def test_a_step_has_the_seconds_given_and_other_work_many_times_that(
     tmp_path, activity, silent, ends
 ):
     now, looks, ended = [0.0], threading.Event(), Ended()
@@ -35,16 +42,16 @@ def test_a_step_has_the_seconds_given_and_other_work_ten_times_that(
     with Watchdog(10.0, tmp_path, clock=clock, leave=ended, every=0.001) as watchdog:
         watchdog.beat(activity)
         now[0] = silent
-        looks.clear()
-        assert looks.wait(30)
         if ends:
             assert ended.happened.wait(30) and ended.codes == [76]
             text = (tmp_path / "hang-0.txt").read_text()
             assert f"nothing has happened for {silent} s in '{activity}'" in text
             assert "test_watchdog.py" in text  # where the main thread was
         else:
-            looks.clear()
-            assert looks.wait(30) and not ended.codes
+            for _ in range(2):  # the first look may have begun before
+                looks.clear()
+                assert looks.wait(30)
+            assert not ended.codes
 
 
 def test_without_a_limit_nothing_watches(tmp_path):

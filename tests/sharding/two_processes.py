@@ -10,6 +10,13 @@ from pathlib import Path
 # How long two processes may take before they count as hanging.
 SECONDS = 180
 
+# What the code prints alone goes to stdout: Gloo's threads write there too, in pieces of lines.
+PRINTS_ALONE = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+"""
+
 
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -28,7 +35,7 @@ def start_two(code: str, *arguments: str) -> list[subprocess.Popen]:
     common.pop("XLA_FLAGS", None)
     return [
         subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
+            [sys.executable, "-c", PRINTS_ALONE + code, *arguments],
             env=common | {"JAXLAB_PROCESS_ID": str(number)},
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,

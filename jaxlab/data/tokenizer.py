@@ -160,9 +160,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ``ids``; control ids are silent, what is no UTF-8 or no id is U+FFFD."""
-        pieces, size = self._pieces, self.vocab_size
-        joined = b"".join(pieces[i] if 0 <= i < size else b"\xff" for i in map(index, ids))
-        return joined.decode("utf-8", "replace")
+        return b"".join(self.bytes_of(i) for i in map(index, ids)).decode("utf-8", "replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """What one id adds to the UTF-8 of a text; one that is no id adds a byte that is none."""
+        return self._pieces[token] if 0 <= token < self.vocab_size else b"\xff"
 
 
 def _training_lines(texts: Sequence[str], *, seed: int, max_bytes: int) -> Iterator[str]:

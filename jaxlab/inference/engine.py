@@ -1,66 +1,69 @@
-"""Generation with memory: prefill by chunk, decode, refresh the memory every chunk (Memory³ §3.1).
+"""Generation with memory (Memory³ §3.1): many requests at once, each with its own references.
 
-Each chunk of the prompt is read with the memories that it retrieves itself. Decoding goes on with
+Each chunk of a prompt is read with the memories that it retrieves itself. Decoding goes on with
 those of the prompt's last chunk; when a chunk of the chunk grid is complete, its text retrieves the
 memories of the tokens that follow. Earlier keys and values stay as they are.
 """
 
+import contextlib
 import dataclasses
-import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from jaxlab.errors import DataError
-from jaxlab.inference.sampling import Sampling, sample
+from jaxlab.errors import DataError, JaxlabError
+from jaxlab.inference.batching import Batch
+from jaxlab.inference.programs import Programs, empty_state, serving_parameters
+from jaxlab.inference.requests import Citation, Event, Request, TokenLogprob
+from jaxlab.inference.retrieval import Retrieval
+from jaxlab.inference.sampling import Sampling
+from jaxlab.inference.sequences import Sequence as Generated
 from jaxlab.memory.read import MemoryReader
-from jaxlab.memory.retrieve import Hits
-from jaxlab.models.attention import Slots
-from jaxlab.models.cache import Cache, empty_cache
 from jaxlab.training.load import LoadedModel
-from kernels_pallas.memory_attention import ChunkGrid
 
-
-@dataclasses.dataclass(frozen=True)
-class Citation:
-    """One reference read for a chunk of the text."""
-
-    chunk: int
-    reference: int
-    score: float
-    source: str
-    text: str
+# Tokens before the end of a chunk at which what it has so far is searched ahead.
+LEAD = 8
+# Prompts of which a chunk is read at once. A CPU is busy with one.
+_GROUP = {"cpu": 1}
+_MOST_IN_GROUP = 8
+# The cache is a multiple of so many tokens long, which kernels like.
+_CACHE_STEP = 128
 
 
 @dataclasses.dataclass
 class Generation:
-    """What became of one prompt."""
+    """What became of one prompt; ``finished``: by itself, and not because it was long enough."""
 
     tokens: list[int]
     text: str
     citations: list[Citation]
     finished: bool
+    logprobs: list[TokenLogprob]
 
 
-@dataclasses.dataclass
-class _Sequences:
-    """Host-side book-keeping of a batch while it is generated."""
+class Ticket:
+    """A request that was submitted."""
 
-    prompts: list[list[int]]
-    generated: list[list[int]]
-    citations: list[list[Citation]]
-    done: list[bool]
+    def __init__(self, sequence: Generated, woken: threading.Condition):
+        self._sequence, self._woken = sequence, woken
+
+    def cancel(self) -> None:
+        """End it where it is, and free its row; nothing happens to one that has ended."""
+        with self._woken:
+            self._sequence.cancelled = True
+            self._woken.notify_all()
 
 
 class Engine:
     """A model, and a bank to read from or None, ready to continue texts.
 
-    ``use_preface`` keeps preface and gap when there is no bank (Memory³ spec 10.6: "without memory"
-    can mean that, or the plain language model).
+    ``rows`` sequences are decoded at once, each of at most ``context`` tokens (None: what the model
+    allows), ``<s>``, prompt and answer together. ``use_preface`` keeps preface and gap when there
+    is no bank (Memory³ spec 10.6: "without memory" can mean that, or the plain language model).
+
+    What a request is answered does not depend on what else is under way: shapes are fixed, and
+    search and sampling go by the request alone.
     """
 
     def __init__(
@@ -69,13 +72,85 @@ class Engine:
         reader: MemoryReader | None = None,
         *,
         use_preface: bool = False,
+        rows: int = 8,
+        context: int | None = None,
+        programs: Programs | None = None,
     ):
         if reader is not None:
             model.require_memory()
-        self.model, self.reader = model, reader
-        self._chunk = model.config.memory.chunk_length
-        self._preface = model.preface if reader is not None or use_preface else None
-        self._start = model.context_start if self._preface is not None else 0
+        limit = model.config.model.max_context
+        if rows < 1 or not 2 <= (context or limit) <= limit:
+            raise DataError(
+                f"an engine of {rows} rows and {context or limit} tokens: at least one row, and "
+                f"from 2 to {limit} tokens, which the model was made for"
+            )
+        self.model, self.reader, self.rows = model, reader, rows
+        self.context = context or limit
+        self.alive, self.failure = False, None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._woken = threading.Condition()
+        with_preface = reader is not None or use_preface
+        graphdef, params = serving_parameters(
+            model.graphdef, model.params, model.config.model.compute_dtype
+        )
+        self.programs = programs or Programs(graphdef, model.context_start if with_preface else 0)
+        self._given = (params, model.preface if with_preface else None)
+        self._batch = self._new_batch()
+
+    def _new_batch(self) -> Batch:
+        config, chunk = self.model.config, self.model.config.memory.chunk_length
+        # A prompt is read in whole chunks, the last of which may reach past the context.
+        length = -(-(self.context + chunk + 1) // _CACHE_STEP) * _CACHE_STEP
+        retrieval = codebook = None
+        if self.reader is not None:
+            retrieval = Retrieval(self.reader, self._wake, lead=LEAD if self.reader.keeps else 0)
+            codebook = self.reader.codebook
+        memory = None if self.reader is None else config.memory
+        return Batch(
+            self.model,
+            self.programs,
+            self._given,
+            empty_state(config.model, memory, rows=self.rows, length=length),
+            retrieval,
+            codebook=codebook,
+            rows=self.rows,
+            group=_GROUP.get(jax.default_backend(), min(self.rows, _MOST_IN_GROUP)),
+            woken=self._woken,
+        )
+
+    def check(self, request: Request) -> int:
+        """Tokens of the prompt; raises DataError when it and its answer do not fit."""
+        tokens = len(self.model.tokenizer.encode(request.prompt))
+        whole = 1 + tokens + request.max_tokens
+        if whole > self.context:
+            raise DataError(
+                f"the prompt has {tokens} tokens; with <s> and {request.max_tokens} to generate "
+                f"that is {whole}, the context holds {self.context}: shorten the prompt or ask for "
+                "fewer tokens"
+            )
+        return tokens
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
+        """Queue a request, from any thread; ``on_event`` is called from the engine's.
+
+        The last event has ``finish``. Raises DataError when the request does not fit, and when the
+        engine is closing.
+        """
+        self.check(request)
+        sequence = Generated(
+            request,
+            self.model.tokenizer.encode(request.prompt),
+            on_event,
+            self.model.tokenizer,
+            chunk=self.model.config.memory.chunk_length,
+            reads=self.reader is not None and request.memory != "off",
+        )
+        with self._woken:
+            if self._closing or self.failure is not None:
+                raise DataError("the engine takes no more requests: it is being closed")
+            self._batch.add(sequence)
+        return Ticket(sequence, self._woken)
 
     def generate(
         self,
@@ -83,221 +158,129 @@ class Engine:
         *,
         max_tokens: int,
         sampling: Sampling | None = None,
-        stop: str | None = None,
+        stop: str | Sequence[str] | None = None,
         on_token: Callable[[int, str], None] | None = None,
+        memory: str = "on",
+        logprobs: int | None = None,
     ) -> list[Generation]:
         """Continue each prompt by at most ``max_tokens`` tokens, to ``</s>`` or before ``stop``.
 
         ``on_token(row, text)`` receives the text as it grows. Raises DataError when a prompt and
-        its answer do not fit in the context.
+        its answer do not fit in the context, and what went wrong while memories were read.
         """
-        sampling = sampling or Sampling()
-        tokenizer = self.model.tokenizer
-        encoded = [tokenizer.encode(prompt) for prompt in prompts]
-        self._check(encoded, max_tokens)
-        rows = len(encoded)
-        batch = _Sequences(encoded, [[] for _ in encoded], [[] for _ in encoded], [False] * rows)
-        streams = [_Stream(tokenizer, stop) for _ in encoded]
-        for step, tokens in enumerate(self._tokens(batch, max_tokens, sampling)):
-            for row in range(rows):
-                if batch.done[row]:
-                    continue
-                token = int(tokens[row])
-                if token == tokenizer.eos_id:
-                    batch.done[row] = True
-                else:
-                    batch.generated[row].append(token)
-                    batch.done[row] = streams[row].add(token)
-                fresh = streams[row].fresh(final=batch.done[row] or step + 1 == max_tokens)
-                if on_token is not None and fresh:
-                    on_token(row, fresh)
-            if all(batch.done):
-                break
-        return [
-            Generation(
-                batch.generated[row], streams[row].text, batch.citations[row], batch.done[row]
+        requests = [
+            Request(
+                prompt,
+                max_tokens=max_tokens,
+                sampling=sampling or Sampling(),
+                stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+                memory=memory,
+                logprobs=logprobs,
             )
-            for row in range(rows)
+            for prompt in prompts
         ]
+        for number, request in enumerate(requests):
+            with _naming_prompt(number):
+                self.check(request)
+        answers = [_Answer(number, on_token) for number in range(len(requests))]
+        for request, answer in zip(requests, answers, strict=True):
+            self.submit(request, answer.take)
+        for answer in answers:
+            while not self.alive and not answer.finished.is_set():
+                self._turn()
+            answer.finished.wait()
+        return [answer.generation() for answer in answers]
 
-    def _check(self, encoded: list[list[int]], max_tokens: int) -> None:
-        limit = self.model.config.model.max_context
-        if max_tokens < 1:
-            raise DataError(f"max_tokens is {max_tokens}: ask for at least one token")
-        for row, ids in enumerate(encoded):
-            if 1 + len(ids) + max_tokens > limit:
-                raise DataError(
-                    f"prompt {row} has {len(ids)} tokens; with <s> and {max_tokens} to generate "
-                    f"that is {1 + len(ids) + max_tokens}, the context of the model holds {limit}: "
-                    "shorten the prompt or ask for fewer tokens"
-                )
+    def start(self) -> None:
+        """Work in a thread of its own from now on, until :meth:`close`."""
+        self.alive = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
-    def _tokens(
-        self, batch: _Sequences, max_tokens: int, sampling: Sampling
-    ) -> Iterator[np.ndarray]:
-        """The next token of every sequence, again and again."""
-        # One compiled sampler for each kind of request; keys differ by step.
-        choose = functools.partial(_choose, sampling=sampling)
-        key = jax.random.key(sampling.seed)
-        logits, cache, current = self._prefill(batch, max_tokens)
-        for step in range(max_tokens):
-            tokens = choose(logits, jax.random.fold_in(key, step))
-            host = np.asarray(tokens)
-            yield host
-            if step + 1 == max_tokens:
-                return
-            logits, cache = self._decode(
-                self.model.params, self._preface, current, cache, tokens[:, None]
+    def close(self, *, drain_seconds: float = 0.0) -> None:
+        """Take no more requests, finish what is under way if time allows, cancel the rest."""
+        with self._woken:
+            self._closing = True
+            self._woken.wait_for(lambda: self._batch.idle or not self.alive, drain_seconds)
+            self._batch.cancel_all()
+            self._woken.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._batch.close()
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start and what is under way now."""
+        found = {
+            "waiting": self._batch.waiting,
+            "running": self._batch.running,
+            **self._batch.counts,
+        }
+        if self.reader is not None:
+            recent = self.reader.recent
+            found |= {
+                "cache_hits": recent.hits,
+                "cache_misses": recent.misses,
+                "cache_bytes": recent.bytes,
+            }
+            found |= {f"seconds_{name}": value for name, value in self.reader.seconds.items()}
+        return found
+
+    def _wake(self) -> None:
+        with self._woken:
+            self._woken.notify_all()
+
+    def _turn(self) -> None:
+        if self._batch.turn():
+            return
+        with self._woken:
+            self._woken.notify_all()  # who closes waits for this
+            self._woken.wait_for(
+                lambda: self._batch.stirred or (self._closing and self._batch.idle)
             )
-            current = self._refresh(batch, current)
 
-    def _prefill(self, batch: _Sequences, max_tokens: int):
-        """Run all prompts at once; each chunk reads what its own text retrieves."""
-        bos, pad = self.model.tokenizer.bos_id, self.model.tokenizer.pad_id
-        lengths = np.array([1 + len(ids) for ids in batch.prompts], np.int32)
-        chunks = max(1, -(-int(lengths.max() - 1) // self._chunk))
-        width = 1 + chunks * self._chunk
-        tokens = np.full((len(lengths), width), pad, np.int32)
-        for row, ids in enumerate(batch.prompts):
-            tokens[row, : lengths[row]] = [bos, *ids]
-        # Room for the answer in whole chunks, so that few cache lengths are ever compiled.
-        room = width + -(-max_tokens // self._chunk) * self._chunk
-        cache = empty_cache(self.model.config.model, batch=len(lengths), length=room)
-        slots, current = self._prompt_slots(batch, chunks)
-        return *self._run_prefill(
-            self.model.params, self._preface, slots, cache, tokens, lengths
-        ), current
+    def _run(self) -> None:
+        try:
+            while not (self._closing and self._batch.idle):
+                self._turn()
+        except BaseException as error:  # told to all that wait, and by `failure`
+            self.failure = error
+            self._batch.end_all("error", error=f"the engine failed: {error!r}")
+        finally:
+            self.alive = False
+            self._wake()
 
-    def _prompt_slots(self, batch: _Sequences, chunks: int) -> tuple[Slots | None, Slots | None]:
-        """Slots of every prompt chunk, and those of each prompt's last chunk."""
-        if self.reader is None:
-            return None, None
-        texts, last = [], []
-        for ids in batch.prompts:
-            parts = [ids[i : i + self._chunk] for i in range(0, len(ids), self._chunk)] or [[]]
-            last.append(len(parts) - 1)
-            parts += [[]] * (chunks - len(parts))
-            texts += [self.model.tokenizer.decode(part) for part in parts]
-        hits = self.reader.search(texts)
-        shape = (len(batch.prompts), chunks, -1)
-        ids, scores = hits.ids.reshape(shape), hits.scores.reshape(shape)
-        for row in range(len(batch.prompts)):
-            for chunk in range(last[row] + 1):
-                self._cite(batch, row, chunk, Hits(ids[row, chunk], scores[row, chunk]))
-        slots = self.reader.slots(ids)
-        rows, at = np.arange(len(last)), np.array(last)
-        current = Slots(
-            slots.keys[:, rows, at][:, :, None],
-            slots.values[:, rows, at][:, :, None],
-            slots.valid[rows, at][:, None],
+
+@contextlib.contextmanager
+def _naming_prompt(number: int) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"prompt {number}: {error}") from None
+
+
+class _Answer:
+    """Gathers the events of one request."""
+
+    def __init__(self, number: int, on_token: Callable[[int, str], None] | None):
+        self._number, self._on_token = number, on_token
+        self._events: list[Event] = []
+        self.finished = threading.Event()
+
+    def take(self, event: Event) -> None:
+        self._events.append(event)
+        if self._on_token is not None and event.text:
+            self._on_token(self._number, event.text)
+        if event.finish:
+            self.finished.set()
+
+    def generation(self) -> Generation:
+        last = self._events[-1]
+        if last.finish == "error":
+            raise JaxlabError(last.error)
+        return Generation(
+            [token for event in self._events for token in event.said],
+            "".join(event.text for event in self._events),
+            [citation for event in self._events for citation in event.citations],
+            last.finish == "stop",
+            [logprob for event in self._events for logprob in event.logprobs],
         )
-        return slots, current
-
-    def _refresh(self, batch: _Sequences, current: Slots | None) -> Slots | None:
-        """New slots for the sequences whose last token completed a chunk."""
-        if self.reader is None:
-            return current
-        due, texts = [], []
-        for row, (prompt, generated) in enumerate(zip(batch.prompts, batch.generated, strict=True)):
-            whole = [*prompt, *generated]
-            if not batch.done[row] and len(whole) % self._chunk == 0:
-                due.append(row)
-                texts.append(self.model.tokenizer.decode(whole[-self._chunk :]))
-        if not due:
-            return current
-        hits = self.reader.search(texts)
-        for place, row in enumerate(due):
-            chunk = (len(batch.prompts[row]) + len(batch.generated[row])) // self._chunk
-            self._cite(batch, row, chunk, Hits(hits.ids[place], hits.scores[place]))
-        fresh = self.reader.slots(hits.ids[:, None])
-        rows = np.array(due)
-        return Slots(
-            current.keys.at[:, rows].set(fresh.keys),
-            current.values.at[:, rows].set(fresh.values),
-            current.valid.at[rows].set(fresh.valid),
-        )
-
-    def _cite(self, batch: _Sequences, row: int, chunk: int, hits: Hits) -> None:
-        for hit, score in zip(hits.ids.tolist(), hits.scores.tolist(), strict=True):
-            if hit >= 0:
-                stored = self.reader.bank.reference(hit)
-                batch.citations[row].append(Citation(chunk, hit, score, stored.source, stored.text))
-
-    @functools.cached_property
-    def _run_prefill(self) -> Callable[..., Any]:
-        grid = ChunkGrid(length=self._chunk, band=1)
-
-        def prefill(params, preface, slots, cache: Cache, tokens, lengths):
-            decoder = nnx.merge(self.model.graphdef, params)
-            hidden, cache = decoder(
-                tokens,
-                preface=preface,
-                slots=slots,
-                grid=None if slots is None else grid,
-                cache=cache,
-                start=self._start,
-            )
-            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-            # What was written for the padding behind a shorter prompt will be overwritten.
-            return decoder.logits(last), cache._replace(lengths=lengths)
-
-        return jax.jit(prefill, donate_argnums=3)
-
-    @functools.cached_property
-    def _decode(self) -> Callable[..., Any]:
-        return compile_decode(self.model.graphdef, start=self._start)
-
-
-def compile_decode(graphdef: Any, *, start: int) -> Callable[..., tuple[Any, Cache]]:
-    """Compiled step of decoding: the next token of each sequence, (B, 1), to logits and cache.
-
-    Its arguments are parameters, preface, slots, cache (whose buffers are reused) and tokens;
-    ``start`` is the position of the context's ``<s>``.
-    """
-
-    def decode(params, preface, slots, cache: Cache, tokens):
-        decoder = nnx.merge(graphdef, params)
-        hidden, cache = decoder(tokens, preface=preface, slots=slots, cache=cache, start=start)
-        return decoder.logits(hidden[:, 0]), cache
-
-    return jax.jit(decode, donate_argnums=3)
-
-
-@functools.partial(jax.jit, static_argnames="sampling")
-def _choose(logits, key, *, sampling: Sampling):
-    return sample(logits, key, sampling)
-
-
-class _Stream:
-    """Text of one sequence as it grows; holds back what is not yet certain.
-
-    A character may take several byte tokens, and the start of ``stop`` may become all of it.
-    """
-
-    def __init__(self, tokenizer, stop: str | None):
-        self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
-        self._shown = 0
-        self.text = ""
-
-    def add(self, token: int) -> bool:
-        """Append a token; True when the stop string has appeared."""
-        self._ids.append(token)
-        self.text = self._tokenizer.decode(self._ids)
-        if self._stop and self._stop in self.text:
-            self.text = self.text.split(self._stop, 1)[0]
-            return True
-        return False
-
-    def fresh(self, *, final: bool) -> str:
-        """Text that has become certain since the last call."""
-        end = len(self.text)
-        if not final:
-            while end > self._shown and self.text[end - 1] == "\ufffd":
-                end -= 1
-            for size in range(min(len(self._stop or "") - 1, end), 0, -1):
-                if self.text.endswith(self._stop[:size], 0, end):
-                    end -= size
-                    break
-        part, self._shown = self.text[self._shown : end], max(end, self._shown)
-        return part

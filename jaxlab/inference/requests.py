@@ -65,12 +65,13 @@ class TokenLogprob(NamedTuple):
 class Event:
     """What is new about a request.
 
-    ``text`` is the text that became certain since the last event, ``tokens`` all tokens said so
-    far, ``citations`` the references that a chunk begins to read. The last event has ``finish``,
-    and ``error`` where that is "error".
+    ``text`` is the text that became certain since the last event, ``said`` the tokens since then
+    and ``tokens`` how many there are so far, ``citations`` the references that a chunk begins to
+    read. The last event has ``finish``, and ``error`` where that is "error".
     """
 
     text: str = ""
+    said: tuple[int, ...] = ()
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     citations: tuple[Citation, ...] = ()

@@ -1,10 +1,13 @@
-"""How the next token is chosen from logits."""
+"""How the next token of each sequence is chosen from its logits."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxlab.errors import ConfigError
 
@@ -13,6 +16,7 @@ from jaxlab.errors import ConfigError
 class Sampling:
     """Greedy at ``temperature`` 0; else a draw from the ``top_k`` likeliest within ``top_p``.
 
+    The draw of a token depends on ``seed`` and on how many the sequence has said, on nothing else.
     Raises ConfigError for values that mean nothing.
     """
 
@@ -29,30 +33,72 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}: give a share above 0 and at most 1")
 
+    @property
+    def limited(self) -> bool:
+        """Whether tokens are excluded, which takes a sort of all of them."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
-def restrict(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Scaled logits with -inf for the tokens that top-k and top-p exclude.
 
-    Top-p keeps the fewest likeliest tokens whose probabilities reach ``top_p`` together, at least
-    one; it is applied after top-k.
+class Choices(NamedTuple):
+    """What the sequences of a batch ask for, and how many tokens each has said."""
+
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
+    said: Int[Array, " B"]
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], said: Sequence[int]) -> "Choices":
+        """As arrays on the host."""
+        return cls(
+            np.array([one.temperature for one in samplings], np.float32),
+            np.array([min(one.top_k, 2**31 - 1) for one in samplings], np.int32),
+            np.array([one.top_p for one in samplings], np.float32),
+            np.array([one.seed % 2**32 for one in samplings], np.uint32),
+            np.array(said, np.int32),
+        )
+
+
+def restrict(logits: Float[Array, "B V"], choices: Choices) -> Float[Array, "B V"]:
+    """Logits with -inf for the tokens that top-k and top-p exclude.
+
+    Top-p keeps the fewest likeliest tokens whose probabilities, at the sequence's temperature and
+    after top-k, reach ``top_p`` together, at least one.
     """
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
-        logits = jnp.where(logits < smallest[:, None], -jnp.inf, logits)
-    return logits
+    size = logits.shape[-1]
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    top_k = jnp.where(choices.top_k > 0, jnp.minimum(choices.top_k, size), size)[:, None]
+    inside = jnp.arange(size) < top_k
+    scaled = jnp.where(inside, ordered / _warm(choices)[:, None], -jnp.inf)
+    probabilities = jax.nn.softmax(scaled, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = inside & ((before < choices.top_p[:, None]) | (choices.top_p[:, None] >= 1))
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
-def sample(
-    logits: Float[Array, "B V"], key: Key[Array, ""], sampling: Sampling
+def choose(
+    logits: Float[Array, "B V"], choices: Choices, *, drawn: bool, limited: bool
 ) -> Int[Array, " B"]:
-    """One token for each row."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, restrict(logits, sampling)).astype(jnp.int32)
+    """One token for each sequence.
+
+    ``drawn`` and ``limited`` say whether any of them has a temperature, and limits: what none asks
+    for costs nothing. They change no sequence's token.
+    """
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if not drawn:
+        return likeliest
+    if limited:
+        logits = restrict(logits, choices)
+
+    def draw(seed, said, row):
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), said), row)
+
+    tokens = jax.vmap(draw)(choices.seed, choices.said, logits / _warm(choices)[:, None])
+    return jnp.where(choices.temperature > 0, tokens, likeliest).astype(jnp.int32)
+
+
+def _warm(choices: Choices) -> Float[Array, " B"]:
+    """The temperatures, and 1 for the greedy, which do not use it."""
+    return jnp.where(choices.temperature > 0, choices.temperature, 1.0)

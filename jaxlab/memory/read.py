@@ -1,15 +1,22 @@
 """From texts to the slots that the model reads: search, filter, load, arrange."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int, Shaped
 
 from jaxlab.data.overlap import exceeds
+from jaxlab.memory.recent import RecentMemories
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
+from kernels_pallas.memory_dequantize import Codebook
+
+# Enough for 500 memories of Memory³-2B, whose 450,560 bytes each are the largest there are.
+CACHE_BYTES = 1 << 28
 
 
 class MemoryReader:
@@ -19,15 +26,32 @@ class MemoryReader:
     at that place instead.
     """
 
-    def __init__(self, bank: Bank, retriever: Retriever, *, permutation: np.ndarray | None = None):
+    def __init__(
+        self,
+        bank: Bank,
+        retriever: Retriever,
+        *,
+        permutation: np.ndarray | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ):
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
+        self.recent = RecentMemories(bank, cache_bytes)
+        # Seconds spent so far, by what on.
+        self.seconds = {"embed": 0.0, "search": 0.0, "load": 0.0}
 
     @classmethod
-    def open(cls, bank: Bank, *, model_embed: Callable | None = None) -> "MemoryReader":
-        """Load the bank's embedder and index."""
+    def open(
+        cls,
+        bank: Bank,
+        *,
+        model_embed: Callable | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "MemoryReader":
+        """Load the bank's embedder and index; keep ``cache_bytes`` of memories read lately."""
         embedder = bank.embedder(model_embed=model_embed)
-        return cls(bank, Retriever(embedder, FlatIndex(bank.embeddings())))
+        retriever = Retriever(embedder, FlatIndex(bank.embeddings()))
+        return cls(bank, retriever, cache_bytes=cache_bytes)
 
     def shuffled(self, *, seed: int) -> "MemoryReader":
         """The same bank with every reference's memory exchanged for another's."""
@@ -35,11 +59,19 @@ class MemoryReader:
         exchanged = np.empty_like(order)
         # One cycle through all references: nothing stays in its place (if there are two at all).
         exchanged[order] = np.roll(order, 1)
-        return MemoryReader(self.bank, self._retriever, permutation=exchanged)
+        made = MemoryReader(self.bank, self._retriever, permutation=exchanged)
+        made.recent = self.recent
+        return made
 
     def search(self, texts: Sequence[str], k: int | None = None) -> Hits:
         """The references nearest to each text, without any filter."""
-        return self._retriever.search(list(texts), k or self.per_chunk)
+        started = time.perf_counter()
+        queries = self._retriever.embed(list(texts))
+        embedded = time.perf_counter()
+        hits = self._retriever.find(queries, k or self.per_chunk)
+        self.seconds["embed"] += embedded - started
+        self.seconds["search"] += time.perf_counter() - embedded
+        return hits
 
     def search_filtered(
         self,
@@ -75,12 +107,34 @@ class MemoryReader:
                     place += 1
         return Hits(ids, scores)
 
-    def slots(self, ids: np.ndarray) -> Slots:
-        """The slots of chunks that read references ``ids`` (B, C, r); -1 is an empty slot."""
+    @property
+    def codebook(self) -> Codebook | None:
+        """What decodes the memories that :meth:`fetch` gives; None when they are none to decode."""
+        return None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was read is kept, so that reading ahead is worth it."""
+        return self.recent.limit > 0
+
+    def exchanged(self, ids: np.ndarray) -> np.ndarray:
+        """The references whose memories stand in for ``ids``: other ones under "shuffled"."""
         # An empty bank has nothing to exchange, and every id is -1.
-        if self._permutation is not None and len(self._permutation):
-            ids = np.where(ids >= 0, self._permutation[np.maximum(ids, 0)], -1)
-        found = self.bank.read(ids)
+        if self._permutation is None or not len(self._permutation):
+            return ids
+        return np.where(ids >= 0, self._permutation[np.maximum(ids, 0)], -1)
+
+    def fetch(
+        self, ids: Int[np.ndarray, "*ids"]
+    ) -> tuple[Shaped[np.ndarray, "..."], Bool[np.ndarray, "*ids m"]]:
+        """Memories as they are stored, and which of their token slots are filled."""
+        started = time.perf_counter()
+        found = self.recent.read(ids)
+        self.seconds["load"] += time.perf_counter() - started
         kept = self.bank.spec.memory_shape[3]
-        valid = np.arange(kept) < found.kept[..., None]
-        return from_stored(jnp.asarray(found.memories), jnp.asarray(valid))
+        return found.memories, np.arange(kept) < found.kept[..., None]
+
+    def slots(self, ids: Int[np.ndarray, "B C r"]) -> Slots:
+        """The slots of chunks that read references ``ids``; -1 is an empty slot."""
+        memories, valid = self.fetch(self.exchanged(ids))
+        return from_stored(jnp.asarray(memories), jnp.asarray(valid))

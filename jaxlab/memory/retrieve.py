@@ -120,9 +120,18 @@ class Retriever:
 
     def search(self, texts: Sequence[str], k: int) -> Hits:
         """The ``k`` nearest references of each text; none (-1) where a text says nothing."""
+        return self.find(self.embed(texts), k)
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dim"]:
+        """What is searched for each text: zeros where it says nothing."""
         queries = self.embedder.embed(texts)
+        queries[[not text.strip() for text in texts]] = 0
+        return queries
+
+    def find(self, queries: Float32[np.ndarray, "n dim"], k: int) -> Hits:
+        """The ``k`` rows nearest to each query; none where it is zero."""
         hits = self.index.search(queries, k)
-        silent = np.array([not text.strip() for text in texts], bool) | ~queries.any(axis=1)
+        silent = ~queries.any(axis=1)
         hits.ids[silent] = -1
         hits.scores[silent] = -np.inf
         return hits

@@ -22,13 +22,18 @@ class Cache(NamedTuple):
     lengths: Int[Array, " B"]
 
 
-def empty_cache(config: ModelConfig, *, batch: int, length: int) -> Cache:
-    """A cache for ``length`` context tokens of each of ``batch`` sequences."""
+def empty_cache(config: ModelConfig, *, batch: int, length: int, unstacked: bool = False) -> Cache:
+    """A cache for ``length`` context tokens of each of ``batch`` sequences.
+
+    ``unstacked``: for a decoder from ``unstack``, a tuple of layers in place of their axis.
+    """
     counts = (config.memory_layers, config.layers - config.memory_layers)
     shape = (batch, length, config.kv_heads * config.head_dim)
-    layers = tuple(
-        KeyValues(*(jnp.zeros((count, *shape), config.compute_dtype) for _ in range(2)))
-        for count in counts
-        if count
-    )
+
+    def rows(count: int):
+        if unstacked:
+            return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(count))
+        return jnp.zeros((count, *shape), config.compute_dtype)
+
+    layers = tuple(KeyValues(rows(count), rows(count)) for count in counts if count)
     return Cache(layers, jnp.zeros((batch,), jnp.int32))

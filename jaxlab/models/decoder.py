@@ -9,13 +9,14 @@ parallel and the context's ``<s>`` stands at P+R; without a preface the context 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlab.config import ModelConfig
 from jaxlab.models.attention import Attention, KeyValues, ReadingPlan, Slots, write_into
@@ -189,6 +190,35 @@ class Decoder(nnx.Module):
         return self.final_norm(x), Cache(tuple(written), before + length)
 
 
+def _one_by_one(layers: Sequence[Block], x, plan: ReadingPlan, per_layer: dict):
+    def of_layer(number):
+        return jax.tree.map(
+            lambda leaf: leaf[number], per_layer, is_leaf=lambda leaf: type(leaf) is tuple
+        )
+
+    written = []
+    for number, layer in enumerate(layers):
+        x, cache = layer(x, plan, **of_layer(number))
+        written.append(cache)
+    return x, KeyValues(*zip(*written, strict=True))
+
+
+def unstack(graphdef: nnx.GraphDef, params: PyTree) -> tuple[nnx.GraphDef, PyTree]:
+    """The same decoder with the parameters of each layer in arrays of their own.
+
+    For inference: a scan copies each layer's weights and cache out of the stacked arrays, which on
+    a CPU takes 2 to 4 times as long as the products themselves. Not for training.
+    """
+    decoder = nnx.merge(graphdef, params)
+    for place, stack in enumerate(decoder.stacks):
+        layer, stacked = nnx.split(stack)
+        count = jax.tree.leaves(stacked)[0].shape[0]
+        parts = [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(count)]
+        decoder.stacks[place] = nnx.List([nnx.merge(layer, part) for part in parts])
+    graphdef, state = nnx.split(decoder)
+    return graphdef, nnx.to_pure_dict(state)
+
+
 def first_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """For each token the index at which its segment begins."""
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)
@@ -196,8 +226,16 @@ def first_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
-def run_stack(stack: Block, x, plan: ReadingPlan, per_layer: dict, *, policy: str):
-    """Scan one stack; ``per_layer`` holds what is read layer by layer (leading axis: layers)."""
+def run_stack(
+    stack: Block | Sequence[Block], x, plan: ReadingPlan, per_layer: dict, *, policy: str
+):
+    """Scan one stack; ``per_layer`` holds what is read layer by layer (leading axis: layers).
+
+    Of a decoder from :func:`unstack` the layers run one by one, and what each reads may be given
+    as a tuple of layers instead of a stacked array; what they write is.
+    """
+    if isinstance(stack, nnx.List):
+        return _one_by_one(stack, x, plan, per_layer)
     graphdef, params = nnx.split(stack)
 
     def body(x, layer):

@@ -122,9 +122,10 @@ class SpyReader(MemoryReader):
         self.hits.append(found)
         return found
 
-    def slots(self, ids):
-        self.ids.append(np.array(ids))
-        return super().slots(ids)
+    def fetch(self, ids):
+        if np.any(ids >= 0):
+            self.ids.append(np.array(ids))
+        return super().fetch(ids)
 
 
 def write_small_bank(folder, texts=TEXTS, *, dtype: str = "float32", **options):

@@ -1,13 +1,15 @@
 """Laws of generation with memory: the cache against recomputation, when memories are renewed."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxlab.errors import ConfigError, DataError
-from jaxlab.inference import engine as engine_module
 from jaxlab.inference.engine import Engine
+from jaxlab.inference.programs import Said
 from jaxlab.inference.sampling import Sampling
 from jaxlab.memory.embedders import ModelEmbedder
 from jaxlab.memory.read import MemoryReader
@@ -37,13 +39,12 @@ def bank(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine_of():
     """Engines that share their compiled programs: these depend on the model alone."""
-    first = Engine(small_model(), use_preface=True)
+    programs = Engine(small_model(), use_preface=True).programs
 
-    def make(reader):
-        made = Engine(small_model(), reader, use_preface=True)
-        for name in ("_run_prefill", "_decode"):
-            made.__dict__[name] = getattr(first, name)
-        return made
+    def make(reader, *, rows=3, programs=programs, **options):
+        return Engine(
+            small_model(), reader, use_preface=True, rows=rows, programs=programs, **options
+        )
 
     return make
 
@@ -100,34 +101,44 @@ def test_a_prompt_alone_is_continued_as_in_a_batch(bank, engine_of):
     assert [c.reference for c in alone.citations] == [c.reference for c in whole[1].citations]
 
 
-def scripted(monkeypatch, *texts):
-    """Let the model say these texts, one character a step, whatever it thinks; | is the end."""
-    tokenizer, said = small_model().tokenizer, []
+@pytest.fixture(scope="module")
+def scripted(engine_of):
+    """Programs that let row n say text n, a character a step, whatever the model thinks.
 
-    def choose(logits, key, *, sampling):
-        step = len(said)
-        said.append(step)
-        rows = []
+    ``|`` is the end of the text. The second value grows by one with every step.
+    """
+    real = engine_of(None).programs
+    tokenizer = small_model().tokenizer
+
+    def make(*texts):
+        steps = []
+        scripts = []
         for text in texts:
-            ids = [
-                tokenizer.eos_id if one == "|" else one
-                for part in text.partition("|")
-                for one in (part if part == "|" else tokenizer.encode(part))
-            ]
-            rows.append(ids[step] if step < len(ids) else tokenizer.encode("a")[0])
-        return np.array(rows, np.int32)
+            said, end, _ = text.partition("|")
+            ids = tokenizer.encode(said) + [tokenizer.eos_id] * bool(end)
+            scripts.append(ids + tokenizer.encode("a") * 20)
 
-    monkeypatch.setattr(engine_module, "_choose", choose)
+        def decode(params, preface, state, lengths, given, choices, **_):
+            steps.append(lengths)
+            said = choices.said.tolist()
+            tokens = [script[n] for script, n in zip(scripts, said, strict=True)]
+            return state._replace(tokens=jnp.asarray(tokens)), Said(np.array(tokens))
+
+        programs = dataclasses.replace(real)
+        programs.__dict__.update(load=real.load, prefill=real.prefill, decode=decode)
+        return programs, steps
+
+    return make
 
 
-def test_memories_are_renewed_exactly_where_a_chunk_is_complete(bank, engine_of, monkeypatch):
+def test_memories_are_renewed_exactly_where_a_chunk_is_complete(bank, engine_of, scripted):
     """A prompt of two chunks and two chunks of answer retrieve three times, as in the paper."""
     reader = small_reader(bank)
-    scripted(monkeypatch, "ccddeeff", "ggggaaaa", "bcbcefef")
-    engine_of(reader).generate(PROMPTS, max_tokens=NEW)
+    programs, _ = scripted("ccddeeff", "ggggaaaa", "bcbcefef")
+    engine_of(reader, programs=programs).generate(PROMPTS, max_tokens=NEW)
     assert reader.searched == [
         # The prompts by chunk; where there is no text there is nothing to find.
-        ["abcd", "daga", "hc", "", "", ""],
+        ["abcd", "daga", "hc", ""],
         # Behind two tokens the second prompt's chunk is full, behind four the others'.
         ["hcgg"],
         ["ccdd", "bcbc"],
@@ -135,10 +146,10 @@ def test_memories_are_renewed_exactly_where_a_chunk_is_complete(bank, engine_of,
     ]
 
 
-def test_citations_are_the_references_that_were_read(bank, engine_of, monkeypatch):
+def test_citations_are_the_references_that_were_read(bank, engine_of, scripted):
     reader = small_reader(bank)
-    scripted(monkeypatch, "ccddeeff", "ggggaaaa", "bcbcefef")
-    found = engine_of(reader).generate(PROMPTS, max_tokens=NEW)
+    programs, _ = scripted("ccddeeff", "ggggaaaa", "bcbcefef")
+    found = engine_of(reader, programs=programs).generate(PROMPTS, max_tokens=NEW)
     places = {
         0: [(0, 0, 0), (0, 1, 1), (2, 0, 3)],
         1: [(0, 2, 0), (1, 0, 1), (3, 0, 2)],
@@ -156,14 +167,14 @@ def test_citations_are_the_references_that_were_read(bank, engine_of, monkeypatc
         ]
     # What was searched is what was read, in the same order.
     for hits, ids in zip(reader.hits, reader.ids, strict=True):
-        np.testing.assert_array_equal(hits.ids, ids.reshape(hits.ids.shape))
+        np.testing.assert_array_equal(hits.ids, ids)
 
 
-def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, monkeypatch):
+def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, scripted):
     reader = small_reader(bank)
-    scripted(monkeypatch, "ccdd|", "dd\nddddd", "efefefef")
+    programs, _ = scripted("ccdd|", "dd\nddddd", "efefefef")
     pieces = [[], [], []]
-    found = engine_of(reader).generate(
+    found = engine_of(reader, programs=programs).generate(
         PROMPTS,
         max_tokens=NEW,
         stop="\n",
@@ -177,29 +188,23 @@ def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, monkey
     assert reader.searched[1:] == [["hcdd"], ["ccdd", "efef"]]
 
 
-def test_generation_ends_when_every_sequence_has_ended(bank, engine_of, monkeypatch):
-    steps = []
-    scripted(monkeypatch, "c|", "|", "é|")
-    choose = engine_module._choose
-
-    def counted(*args, **kwargs):
-        steps.append(1)
-        return choose(*args, **kwargs)
-
-    monkeypatch.setattr(engine_module, "_choose", counted)
-    found = engine_of(small_reader(bank)).generate(PROMPTS, max_tokens=NEW)
-    assert [one.text for one in found] == ["c", "", "é"] and len(steps) == 3
+def test_generation_ends_when_every_sequence_has_ended(bank, engine_of, scripted):
+    programs, steps = scripted("c|", "|", "é|")
+    found = engine_of(small_reader(bank), programs=programs).generate(PROMPTS, max_tokens=NEW)
+    assert [one.text for one in found] == ["c", "", "é"]
     assert all(one.finished for one in found)
+    # Three tokens, and the step that was under way while the last of them was looked at.
+    assert len(steps) <= 4
 
 
-def test_what_is_streamed_is_the_text(bank, engine_of, monkeypatch):
+def test_what_is_streamed_is_the_text(bank, engine_of, scripted):
     for stop, wanted in (
         (None, ["aé☃a", "no stop", "abcabcab"]),
         ("ca", ["aé☃a", "no stop", "ab"]),
     ):
-        scripted(monkeypatch, *["aé☃aa", "no stop", "abcabcab"])
+        programs, _ = scripted("aé☃aa", "no stop", "abcabcab")
         pieces = [[], [], []]
-        found = engine_of(small_reader(bank)).generate(
+        found = engine_of(small_reader(bank), programs=programs).generate(
             PROMPTS,
             max_tokens=NEW,
             stop=stop,
@@ -238,10 +243,14 @@ def test_the_same_seed_says_the_same(bank, engine_of):
 
 def test_what_does_not_fit_is_an_error_before_anything_runs(engine_of):
     engine = engine_of(None)
-    with pytest.raises(DataError, match=r"prompt 1 has 25 tokens; .* is 34, .* holds 32"):
+    with pytest.raises(DataError, match=r"prompt 1: .* 25 tokens; .* is 34, .* holds 32"):
         engine.generate(["ab", "a" * 25], max_tokens=8)
-    with pytest.raises(DataError, match="max_tokens is 0"):
+    with pytest.raises(ConfigError, match="max_tokens is 0"):
         engine.generate(["ab"], max_tokens=0)
+    with pytest.raises(DataError, match=r"0 rows and 32 tokens"):
+        engine_of(None, rows=0)
+    with pytest.raises(DataError, match=r"3 rows and 33 tokens: .* from 2 to 32"):
+        engine_of(None, context=33)
 
 
 def test_a_model_without_memory_layers_cannot_read_a_bank(bank):
@@ -250,9 +259,9 @@ def test_a_model_without_memory_layers_cannot_read_a_bank(bank):
 
 
 def test_without_bank_and_preface_it_is_the_ordinary_language_model(engine_of):
-    plain = Engine(small_model())
-    assert plain._preface is None and plain._start == 0
-    assert engine_of(None)._start == small_model().context_start == 11 + 12
+    plain = Engine(small_model(), rows=1)
+    assert plain.programs.start == 0
+    assert engine_of(None).programs.start == small_model().context_start == 11 + 12
     model = small_model()
     (found,) = plain.generate(["abcd"], max_tokens=4)
     text = model.tokenizer.encode("abcd")

@@ -7,60 +7,81 @@ import numpy as np
 import pytest
 
 from jaxlab.errors import ConfigError
-from jaxlab.inference.sampling import Sampling, restrict, sample
+from jaxlab.inference.sampling import Choices, Sampling, choose, restrict
 
 LOGITS = np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32) * 2
-restricted = jax.jit(restrict, static_argnames="sampling")
-drawn = jax.jit(sample, static_argnames="sampling")
+SAMPLINGS = [
+    Sampling(temperature=1.0, top_k=3),
+    Sampling(temperature=0.7, top_p=0.6),
+    Sampling(temperature=1.5, top_k=6, top_p=0.5),
+    Sampling(temperature=1.0, top_p=1e-6),
+    Sampling(temperature=2.0, top_k=99),
+]
+chosen = jax.jit(choose, static_argnames=("drawn", "limited"))
 
 
-def allowed_by_definition(logits, *, temperature, top_k, top_p):
+def choices_of(samplings, said=None):
+    return Choices.of(samplings, said or [0] * len(samplings))
+
+
+def allowed_by_definition(logits, sampling):
     """The tokens that may be drawn from one row: likeliest first, one by one."""
-    scaled = logits.astype(np.float64) / temperature
-    order = list(np.argsort(-scaled, kind="stable"))[: top_k or None]
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = list(np.argsort(-scaled, kind="stable"))[: sampling.top_k or None]
     weights = np.exp(scaled[order] - scaled.max())
     weights /= weights.sum()
-    count = int(np.searchsorted(np.cumsum(weights), top_p)) + 1 if top_p < 1 else len(order)
-    return set(order[:count])
+    count = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+    return set(order[:count] if sampling.top_p < 1 else order)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 3, 1.0), (0.7, 0, 0.6), (1.5, 6, 0.5), (1.0, 0, 1e-6)]
-)
-def test_top_k_and_top_p_keep_what_their_definition_keeps(temperature, top_k, top_p):
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    found = np.asarray(restricted(LOGITS, sampling=sampling))
-    for row, logits in zip(found, LOGITS, strict=True):
-        kept = set(np.flatnonzero(np.isfinite(row)).tolist())
-        assert kept == allowed_by_definition(
-            logits, temperature=temperature, top_k=top_k, top_p=top_p
-        )
-        np.testing.assert_allclose(row[list(kept)], logits[list(kept)] / temperature, rtol=1e-6)
+def test_each_sequence_keeps_what_its_own_top_k_and_top_p_keep_by_definition():
+    found = np.asarray(jax.jit(restrict)(LOGITS, choices_of(SAMPLINGS)))
+    for row, logits, sampling in zip(found, LOGITS, SAMPLINGS, strict=True):
+        kept = np.flatnonzero(np.isfinite(row))
+        assert set(kept.tolist()) == allowed_by_definition(logits, sampling)
+        np.testing.assert_array_equal(row[kept], logits[kept])
 
 
-def test_a_limit_wider_than_the_vocabulary_limits_nothing():
-    assert np.isfinite(restricted(LOGITS, sampling=Sampling(temperature=1.0, top_k=99))).all()
-
-
-def test_temperature_zero_takes_the_largest_whatever_the_limits():
-    for key in (0, 1):
-        tokens = drawn(LOGITS, jax.random.key(key), sampling=Sampling(top_k=2, top_p=0.5))
-        np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=1))
+def test_temperature_zero_takes_the_largest_whatever_the_limits_and_the_company():
+    samplings = [Sampling(top_k=2, top_p=0.5, seed=n) for n in range(4)]
+    samplings += [Sampling(temperature=1.0)]
+    for drawn, limited in ((True, True), (True, False), (False, False)):
+        tokens = chosen(LOGITS, choices_of(samplings), drawn=drawn, limited=limited)
+        np.testing.assert_array_equal(tokens[:4], LOGITS[:4].argmax(axis=1))
         assert tokens.dtype == np.int32
 
 
-def test_draws_follow_the_restricted_distribution_and_depend_on_the_key_alone():
-    sampling = Sampling(temperature=1.0, top_k=3)
-    logits = np.tile(LOGITS[:1], (4000, 1))
-    draw = functools.partial(drawn, logits, sampling=sampling)
-    tokens = np.asarray(draw(jax.random.key(0)))
-    np.testing.assert_array_equal(tokens, draw(jax.random.key(0)))
-    assert (tokens != np.asarray(draw(jax.random.key(1)))).any()
+def test_draws_follow_the_restricted_distribution_at_the_temperature():
+    count = 4000
+    samplings = [Sampling(temperature=2.0, top_k=3, seed=7)] * count
+    logits = np.tile(LOGITS[:1], (count, 1))
+    draw = functools.partial(chosen, logits, drawn=True, limited=True)
+    tokens = np.asarray(draw(choices_of(samplings, list(range(count)))))
     top = np.argsort(-LOGITS[0])[:3]
-    wanted = np.exp(LOGITS[0][top]) / np.exp(LOGITS[0][top]).sum()
-    shares = np.bincount(tokens, minlength=12) / len(tokens)
+    wanted = np.exp(LOGITS[0][top] / 2) / np.exp(LOGITS[0][top] / 2).sum()
+    shares = np.bincount(tokens, minlength=12) / count
     np.testing.assert_allclose(shares[top], wanted, atol=0.03)
     assert shares[top].sum() == pytest.approx(1)
+
+
+def test_a_draw_depends_on_seed_and_place_alone():
+    """Not on the row, on the other rows or on whether they have limits."""
+    sampling = Sampling(temperature=1.5, seed=2**40 + 5)
+    row = LOGITS[:1]
+
+    def alone(said, seed=sampling.seed):
+        one = Sampling(temperature=1.5, seed=seed)
+        return int(chosen(row, choices_of([one], [said]), drawn=True, limited=False)[0])
+
+    said = list(range(8))
+    for place in (0, 3):
+        logits = np.concatenate([LOGITS[:place], row, LOGITS[place + 1 :]])
+        for number in said:
+            samplings = [*SAMPLINGS[:place], sampling, *SAMPLINGS[place + 1 :]]
+            choices = choices_of(samplings, [9 if n != place else number for n in range(5)])
+            assert int(chosen(logits, choices, drawn=True, limited=True)[place]) == alone(number)
+    assert len({alone(number) for number in said}) > 1
+    assert [alone(number, seed=6) for number in said] != [alone(number) for number in said]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 
-from jaxlab.inference.engine import _Stream
+from jaxlab.inference.text import TextStream
 from tests.inference.small import small_tokenizer
 
 
-def shown(tokens, stop=None):
+def shown(tokens, *stop):
     """The pieces shown after each token, and the stream at its end."""
-    stream, pieces = _Stream(small_tokenizer(), stop), []
+    stream, pieces = TextStream(small_tokenizer(), stop), []
     for place, token in enumerate(tokens):
         done = stream.add(token)
         pieces.append(stream.fresh(final=done or place + 1 == len(tokens)))
@@ -55,6 +55,14 @@ def test_a_stop_string_never_shows(text, stop, rest):
     assert "".join(pieces) == stream.text == rest
     for piece in itertools.accumulate(pieces):
         assert rest.startswith(piece)
+
+
+def test_of_several_stop_strings_the_first_in_the_text_ends_it():
+    tokens = small_tokenizer().encode("abcdefg")
+    pieces, stream = shown(tokens, "efg", "de", "cx")
+    assert "".join(pieces) == stream.text == "abc"
+    # "c" waits for "cx", then "d" for "de".
+    assert pieces == ["a", "b", "", "c", ""]
 
 
 def test_text_is_shown_as_soon_as_it_is_certain():

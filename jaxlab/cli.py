@@ -316,7 +316,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     )
     model, reader = _model_and_reader(arguments)
     print(arguments.prompt, end="", flush=True)
-    (answer,) = Engine(model, reader).generate(
+    (answer,) = Engine(model, reader, rows=1).generate(
         [arguments.prompt],
         max_tokens=arguments.max_tokens,
         sampling=sampling,

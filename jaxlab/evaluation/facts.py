@@ -17,7 +17,7 @@ from jaxlab.training.load import LoadedModel
 
 # Room for an answer of any length that occurs.
 ANSWER_TOKENS = 32
-_BATCH = 64
+_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,11 @@ def evaluate_facts(
         reader = MemoryReader.open(
             Bank.open(url, identity=model.identity), model_embed=model.embed_texts
         )
-        with_memory = _answers(Engine(model, reader), asked)
-        shuffled = _answers(Engine(model, reader.shuffled(seed=seed)), asked)
-    off = _answers(Engine(model, use_preface=True), asked)
-    plain = _answers(Engine(model), asked)
+        engine = Engine(model, reader, rows=_ROWS)
+        with_memory, shuffled, off = (
+            _answers(engine, asked, memory=mode) for mode in ("on", "shuffled", "off")
+        )
+    plain = _answers(Engine(model, rows=_ROWS), asked)
     return Recall(
         memory=_share(asked, with_memory),
         # Of the two readings of "without memory" the better one.
@@ -80,14 +81,9 @@ def evaluate_facts(
     )
 
 
-def _answers(engine: Engine, asked: list[Fact]) -> list[Generation]:
-    out: list[Generation] = []
-    for start in range(0, len(asked), _BATCH):
-        part = [prompt(fact.question) for fact in asked[start : start + _BATCH]]
-        # A full batch again and again, so that one program serves all.
-        part += part[:1] * (_BATCH - len(part))
-        out += engine.generate(part, max_tokens=ANSWER_TOKENS, stop="\n")
-    return out[: len(asked)]
+def _answers(engine: Engine, asked: list[Fact], memory: str = "on") -> list[Generation]:
+    prompts = [prompt(fact.question) for fact in asked]
+    return engine.generate(prompts, max_tokens=ANSWER_TOKENS, stop="\n", memory=memory)
 
 
 def _share(asked: list[Fact], answers: list[Generation]) -> float:

@@ -39,7 +39,7 @@ class Generation:
     text: str
     citations: list[Citation]
     finished: bool
-    logprobs: list[TokenLogprob]
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
 
 
 class Ticket:
@@ -134,7 +134,7 @@ class Engine:
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.
 
-        The last event has ``finish``. Raises DataError when the request does not fit, and when the
+        It must neither block nor raise; the last event has ``finish``. Raises DataError when the request does not fit, and when the
         engine is closing.
         """
         self.check(request)
@@ -208,7 +208,7 @@ class Engine:
             self._thread.join()
         self._batch.close()
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, int | float]:
         """Counts since the start and what is under way now."""
         found = {
             "waiting": self._batch.waiting,

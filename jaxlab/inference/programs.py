@@ -116,8 +116,9 @@ class Programs:
 
     @functools.cached_property
     def decode(self) -> Callable[..., tuple[State, Said]]:
-        """(params, preface, state, lengths, given, choices; …) -> (state, said).
+        """(params, preface, state, lengths, given, choices; drawn, limited, alternatives).
 
+        Returns (state, said). The last three say what no row asks for, as for :func:`choose`.
         One token of every row: ``given`` where it is not negative, else what the row said last, is
         written behind ``lengths`` tokens, and the next is chosen.
         """
@@ -130,9 +131,9 @@ class Programs:
             given: Int[Array, " B"],
             choices: Choices,
             *,
-            drawn: bool,
-            limited: bool,
-            alternatives: int | None,
+            drawn: bool = False,
+            limited: bool = False,
+            alternatives: int | None = None,
         ):
             decoder = nnx.merge(self.graphdef, params)
             hidden, cache = decoder(

@@ -23,34 +23,27 @@ class RecentMemories:
 
     def read(self, ids: Int[np.ndarray, "*ids"]) -> StoredMemories:
         """As :meth:`Bank.read`; each id counts as one hit or miss, a negative one as neither."""
-        if not self.limit:
-            self.misses += int(np.count_nonzero(ids >= 0))
-            return self._bank.read(ids)
-        rows, place = np.unique(ids[ids >= 0], return_inverse=True)
+        rows, place = np.unique(ids, return_inverse=True)
+        counts = np.bincount(place.ravel(), minlength=len(rows))
         with self._lock:
             held = {row: self._rows[row] for row in rows.tolist() if row in self._rows}
             for row in held:
                 self._rows.move_to_end(row)
-        absent = np.array([row for row in rows.tolist() if row not in held], np.int64)
-        found = self._bank.read(absent)
-        pairs = zip(found.memories, found.kept.tolist(), strict=True)
-        came = dict(zip(absent.tolist(), pairs, strict=True))
+        absent = np.array([row not in held for row in rows.tolist()], bool)
+        found = self._bank.read(np.where(absent, rows, -1))
+        for at in np.flatnonzero(~absent):
+            found.memories[at], found.kept[at] = held[int(rows[at])]
         with self._lock:
-            missed = int(np.isin(ids, absent).sum())
-            self.misses += missed
-            self.hits += len(place) - missed
-            for row, (memory, kept) in came.items():
-                self._keep(row, memory, kept)
-        memories = np.zeros((*ids.shape, *found.memories.shape[1:]), found.memories.dtype)
-        kept = np.zeros(ids.shape, np.int32)
-        for where in zip(*np.nonzero(ids >= 0), strict=True):
-            row = int(ids[where])
-            memories[where], kept[where] = held[row] if row in held else came[row]
-        return StoredMemories(memories, kept)
+            self.misses += int(counts[absent & (rows >= 0)].sum())
+            self.hits += int(counts[~absent].sum())
+            for at in np.flatnonzero(absent & (rows >= 0)):
+                self._keep(int(rows[at]), found.memories[at], int(found.kept[at]))
+        place = place.reshape(ids.shape)
+        return StoredMemories(found.memories[place], found.kept[place])
 
     def _keep(self, row: int, memory: np.ndarray, kept: int) -> None:
         if row in self._rows or memory.nbytes > self.limit:
-            return
+            return  # another thread was faster, or it would push out everything for nothing
         # A copy: a row of what was read together would keep all of it.
         self._rows[row] = memory.copy(), kept
         self.bytes += memory.nbytes

@@ -10,10 +10,11 @@ from jaxtyping import PyTree
 
 from jaxlab.config import ExperimentConfig
 from jaxlab.errors import ConfigError
-from jaxlab.inference.engine import compile_decode
+from jaxlab.inference.programs import Programs, State
+from jaxlab.inference.sampling import Choices
 from jaxlab.memory.write import compile_encode
 from jaxlab.models.attention import KeyValues, Slots
-from jaxlab.models.cache import Cache, empty_cache
+from jaxlab.models.cache import empty_cache
 from jaxlab.models.decoder import Prefix, abstract_decoder, context_start
 from jaxlab.sharding.mesh import check_batch_fits, check_model_fits
 from jaxlab.sharding.rules import spec
@@ -141,11 +142,10 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
     model, memory = config.model, config.memory
     graphdef, params = abstract_decoder(model, mesh)
     cache = jax.eval_shape(lambda: empty_cache(model, batch=rows, length=model.max_context))
-    cache = Cache(
-        _placed(mesh, cache.layers, None, "batch", None, "kv_heads"),
-        _placed(mesh, cache.lengths, "batch"),
-    )
-    tokens = _placed(mesh, jax.ShapeDtypeStruct((rows, 1), jnp.int32), "batch")
+    cache = _placed(mesh, cache.layers, None, "batch", None, "kv_heads")
+    numbers = _placed(mesh, jax.ShapeDtypeStruct((rows,), jnp.int32), "batch")
+    fractions = _placed(mesh, jax.ShapeDtypeStruct((rows,), jnp.float32), "batch")
+    choices = Choices(fractions, numbers, fractions, numbers, numbers)
     preface = slots = None
     start, slot_axes = 0, ()
     if model.memory_layers:
@@ -159,13 +159,15 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
         slot_axes = (count, model.kv_heads // mesh.shape["tensor"], model.head_dim)
     return Program(
         name=f"decode step, {rows} sequences of {model.max_context} tokens",
-        step=compile_decode(graphdef, start=start),
-        arguments=(params, preface, slots, cache, tokens),
+        # The layers scanned, not one by one, which takes many times as long to compile: what is
+        # computed, held and sent is the same.
+        step=Programs(graphdef, start).decode,
+        arguments=(params, preface, State(cache, slots, numbers), numbers, numbers, choices),
         given={
             "parameters": params,
             "memory slots": (preface, slots),
             "cache": cache,
-            "batch": tokens,
+            "batch": (numbers, choices),
         },
         tokens=rows,
         slot_axes=slot_axes,

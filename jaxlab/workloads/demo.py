@@ -135,7 +135,7 @@ def _bits(scores: DocumentScores) -> float:
 def _ask(model: LoadedModel, out: Path) -> None:
     fact = draw_facts(FACTS_SEED, 1)[0]
     bank = Bank.open(str(out / "facts_bank"), identity=model.identity)
-    engine = Engine(model, MemoryReader.open(bank, model_embed=model.embed_texts))
+    engine = Engine(model, MemoryReader.open(bank, model_embed=model.embed_texts), rows=1)
     question = prompt(fact.question)
     (answer,) = engine.generate([question], max_tokens=ANSWER_TOKENS, stop="\n")
     print(f"{question}{answer.text}\n(the bank says: {fact.statement})")

@@ -12,6 +12,7 @@ from jaxlab.data.sources import Document
 from jaxlab.errors import ConfigError, DataError
 from jaxlab.evaluation import perplexity
 from jaxlab.evaluation.perplexity import DocumentScores, gain, score_documents
+from jaxlab.memory.read import MemoryReader
 from kernels_pallas.memory_attention import ChunkGrid
 from tests.inference.small import (
     CHUNK,
@@ -157,9 +158,9 @@ def test_changing_a_chunk_changes_no_earlier_score_and_no_memory_up_to_it(
 
 def test_shuffled_reads_as_many_memories_but_never_the_one_that_was_found(bank, monkeypatch):
     read = []
-    original = type(bank).read
+    original = MemoryReader.fetch
     monkeypatch.setattr(
-        type(bank), "read", lambda self, ids: read.append(np.array(ids)) or original(self, ids)
+        MemoryReader, "fetch", lambda self, ids: read.append(np.array(ids)) or original(self, ids)
     )
     on = score(small_reader(bank), HELD_OUT, memory="on")
     shuffled = score(small_reader(bank), HELD_OUT, memory="shuffled")

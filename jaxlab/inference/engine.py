@@ -134,8 +134,8 @@ class Engine:
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.
 
-        It must neither block nor raise; the last event has ``finish``. Raises DataError when the request does not fit, and when the
-        engine is closing.
+        It must neither block nor raise; the last event has ``finish``. Raises DataError when the
+        request does not fit, and when the engine is closing.
         """
         self.check(request)
         sequence = Generated(

@@ -11,9 +11,12 @@ import ml_dtypes
 import numpy as np
 
 from jaxlab.errors import BankError
+from jaxlab.memory.lsa import STATE_FILE
 
 FORMAT = "jaxlab-memory-bank"
-VERSION = 1
+VERSION = 2
+HEADER_FILE = "header.json"
+EMBEDDER_FILE = f"embedder/{STATE_FILE}"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -103,6 +106,16 @@ class Shard:
     count: int
     files: dict[str, StoredFile]
 
+    @property
+    def folder(self) -> str:
+        """Where its objects lie in the bank, with a slash at the end."""
+        return f"shards/{self.name}/"
+
+    @property
+    def number(self) -> int:
+        """What its name begins with."""
+        return int(self.name.split("-")[0])
+
     def to_json(self) -> str:
         """As one line, for another process."""
         return json.dumps(asdict(self))
@@ -132,9 +145,25 @@ class Header:
     shards: tuple[Shard, ...] = ()
 
     @property
-    def count(self) -> int:
-        """References in the bank."""
+    def rows(self) -> int:
+        """Row numbers in the bank: one more than the last."""
         return self.shards[-1].start + self.shards[-1].count if self.shards else 0
+
+    @property
+    def next_number(self) -> int:
+        """The number that the name of the next shard begins with."""
+        return max((shard.number for shard in self.shards), default=-1) + 1
+
+    def objects(self) -> list[tuple[str, str, StoredFile]]:
+        """Every object but the header itself: whose it is, its key, its record."""
+        found = [
+            (f"shard {shard.name}", f"{shard.folder}{path}", record)
+            for shard in self.shards
+            for path, record in shard.files.items()
+        ]
+        if self.embedder_file is not None:
+            found.append(("embedder", EMBEDDER_FILE, self.embedder_file))
+        return found
 
     def with_shard(self, shard: Shard) -> "Header":
         """This header with one shard more."""

@@ -15,7 +15,8 @@ import numpy as np
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
-from jaxlab.memory.header import BankSpec, Shard
+from jaxlab.memory.header import HEADER_FILE, BankSpec, Shard
+from jaxlab.memory.objects import default_context, open_kvstore, read_object
 from jaxlab.memory.store import Bank, StoredReference
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
@@ -139,7 +140,7 @@ def _store(bank, ahead: int, encode, embedder, references: References, part: sli
             StoredReference(text=text, source=source, tokens=int(count))
             for text, source, count in zip(texts, sources, lengths, strict=True)
         ],
-        number=len(bank.shards) + ahead,
+        number=bank.next_number + ahead,
         start=part.start,
     )
 
@@ -189,8 +190,5 @@ def _check_same_references(bank: Bank, references: References, url: str) -> None
 
 def bank_exists(url: str) -> bool:
     """Whether a bank has been begun at ``url``; raises BankError when that cannot be read."""
-    from jaxlab.memory.objects import default_context, open_kvstore, read_object
-    from jaxlab.memory.store import HEADER_FILE
-
     kvstore = open_kvstore(url, default_context())
     return read_object(kvstore, HEADER_FILE, url).state != "missing"

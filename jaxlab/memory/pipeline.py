@@ -15,9 +15,8 @@ import numpy as np
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
-from jaxlab.memory.header import HEADER_FILE, BankSpec, Shard
-from jaxlab.memory.objects import default_context, open_kvstore, read_object
-from jaxlab.memory.store import Bank, StoredReference
+from jaxlab.memory.header import BankSpec, Shard
+from jaxlab.memory.store import Bank, StoredReference, bank_exists
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
 from jaxlab.sharding.processes import (
@@ -186,9 +185,3 @@ def _check_same_references(bank: Bank, references: References, url: str) -> None
                 f"bank {url}: reference {row} is not the one that this source gives: the bank was "
                 "begun with another source; use the same --data or another --bank"
             )
-
-
-def bank_exists(url: str) -> bool:
-    """Whether a bank has been begun at ``url``; raises BankError when that cannot be read."""
-    kvstore = open_kvstore(url, default_context())
-    return read_object(kvstore, HEADER_FILE, url).state != "missing"

@@ -1,7 +1,9 @@
 """From texts to the slots that the model reads: search, filter, load, arrange."""
 
+import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +12,7 @@ from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
+from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
 
 
 class MemoryReader:
@@ -22,6 +25,7 @@ class MemoryReader:
     def __init__(self, bank: Bank, retriever: Retriever, *, permutation: np.ndarray | None = None):
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
+        self._arrange = _arrangement(bank)
 
     @classmethod
     def open(cls, bank: Bank, *, model_embed: Callable | None = None) -> "MemoryReader":
@@ -83,4 +87,19 @@ class MemoryReader:
         found = self.bank.read(ids)
         kept = self.bank.spec.memory_shape[3]
         valid = np.arange(kept) < found.kept[..., None]
-        return from_stored(jnp.asarray(found.memories), jnp.asarray(valid))
+        return self._arrange(jnp.asarray(found.memories), jnp.asarray(valid))
+
+
+def _arrangement(bank: Bank) -> Callable[..., Slots]:
+    """The function from what a bank stores, and which slots are valid, to slots."""
+    if bank.codec is None:
+        return from_stored
+    return functools.partial(_decoded, bank.codec.codebook, dtype=bank.spec.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _decoded(codebook: Codebook, codes: jax.Array, valid: jax.Array, *, dtype: str) -> Slots:
+    # The kernel knows no float16.
+    computed = "bfloat16" if dtype == "bfloat16" else "float32"
+    vectors = memory_dequantize(codes, codebook, dtype=computed).astype(dtype)
+    return from_stored(vectors, valid)

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
-from jaxlab.memory.header import EMBEDDER_FILE, BankSpec, Header, Shard, StoredFile
+from jaxlab.memory.header import CODEC_FILE, EMBEDDER_FILE, BankSpec, Header, Shard, StoredFile
 from jaxlab.memory.objects import read_object, reason
+from jaxlab.memory.quantize import Codec
 from jaxlab.memory.shards import REFERENCES, SOURCES, StoredReference, read_line
 from jaxlab.memory.verify import VerifyReport, verify_objects
 
@@ -28,9 +29,12 @@ _BLOCK_ROWS = 65536
 
 
 class StoredMemories(NamedTuple):
-    """Memories in the order asked for, and how many of their token slots are valid."""
+    """Memories in the order asked for, and how many of their token slots are valid.
 
-    memories: Shaped[np.ndarray, "*ids Lm 2 K m H"]
+    ``memories`` are as the bank stores them: keys and values, or their codes (uint8).
+    """
+
+    memories: Shaped[np.ndarray, "*ids Lm 2 K m stored"]
     kept: Int32[np.ndarray, "*ids"]
 
 
@@ -81,12 +85,12 @@ class BankReader:
         """
         ids = np.asarray(ids, np.int64)
         rows, place = np.unique(ids, return_inverse=True)
-        memories = np.zeros((len(rows), *self.spec.memory_shape), self.spec.numpy_dtype)
+        memories = np.zeros((len(rows), *self.spec.stored_shape), self.spec.stored_dtype)
         kept = np.zeros(len(rows), np.int32)
         empty = int(np.searchsorted(rows, 0))
         pending = []
         for shard, inside, part in self._by_shard(rows[empty:]):
-            for name, out in (("memories", memories), ("kept", kept)):
+            for name, out in ((self.spec.stored_name, memories), ("kept", kept)):
                 pending.append((shard, self._start(shard, name, inside), out[empty:][part]))
         for shard, future, out in pending:
             out[...] = self._finish(shard, future)
@@ -147,10 +151,22 @@ class BankReader:
 
     def embedder(self, *, model_embed: ModelEmbed | None = None) -> Embedder:
         """The embedder the bank was written with; raises BankError when its state is damaged."""
-        record, state = self._header.embedder_file, None
-        if record is not None:
-            state = self._checked(EMBEDDER_FILE, record)
-        return open_embedder(self.spec.embedder, state=state, model_embed=model_embed)
+        return open_embedder(
+            self.spec.embedder, state=self.embedder_state() or None, model_embed=model_embed
+        )
+
+    def embedder_state(self) -> bytes:
+        """What the embedder was fitted to; empty where its name says it all."""
+        record = self._header.embedder_file
+        return b"" if record is None else self._checked(EMBEDDER_FILE, record)
+
+    @functools.cached_property
+    def codec(self) -> Codec | None:
+        """What decodes the codes of a quantized bank; raises BankError when it is damaged."""
+        record = self._header.codec_file
+        if record is None:
+            return None
+        return Codec.from_bytes(self.spec.codec, self._checked(CODEC_FILE, record))
 
     def stats(self) -> dict[str, Any]:
         """Counts, sizes and settings, ready to print or to store as JSON."""
@@ -167,6 +183,13 @@ class BankReader:
     def verify(self) -> VerifyReport:
         """Read every object back and compare size and SHA-256; damage is reported, not raised."""
         return verify_objects(self._kvstore, self._header)
+
+    def object_of(self, shard: Shard, path: str) -> bytes:
+        """One object of a shard as it lies there; raises BankError when it is damaged."""
+        content = self._finish_object(shard, self._kvstore.read(shard.folder + path), path)
+        if StoredFile.of(content) != shard.files[path]:
+            raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
+        return content
 
     def _use(self, header: Header) -> None:
         self._header = header
@@ -199,19 +222,10 @@ class BankReader:
 
     def _shard_sources(self) -> Iterator[tuple[Shard, list[str], Int32[np.ndarray, " n"]]]:
         """For each shard the names of its sources and the place of each row's among them."""
-        pending = [
-            (
-                shard,
-                self._kvstore.read(shard.folder + SOURCES),
-                self._start(shard, "source", slice(None)),
-            )
-            for shard in self.shards
-        ]
-        for shard, names, places in pending:
-            content = self._finish_object(shard, names, SOURCES)
-            if StoredFile.of(content) != shard.files[SOURCES]:
-                raise self._unreadable(shard, ValueError(f"{SOURCES} is damaged: another SHA-256"))
-            yield shard, json.loads(content), self._finish(shard, places)
+        pending = [(shard, self._start(shard, "source", slice(None))) for shard in self.shards]
+        for shard, places in pending:
+            names = json.loads(self.object_of(shard, SOURCES))
+            yield shard, names, self._finish(shard, places)
 
     def _text(self, shard: Shard, line: Any, crc: int) -> StoredReference:
         try:

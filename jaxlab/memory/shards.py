@@ -11,6 +11,7 @@ import tensorstore as ts
 
 REFERENCES = "references.jsonl"
 SOURCES = "sources.json"
+MEMORIES = ("memories", "codes")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def encode_shard(
     }
     objects = {}
     for name, values in arrays.items():
-        objects |= _encode_array(name, values)
+        objects |= encode_array(name, values)
     return {**objects, REFERENCES: b"".join(lines), SOURCES: json.dumps(sources).encode()}
 
 
@@ -73,10 +74,11 @@ def _line_table(lines: Sequence[bytes]) -> np.ndarray:
     return np.stack([np.cumsum(lengths) - lengths, lengths, sums], axis=1)
 
 
-def _encode_array(name: str, values: np.ndarray) -> dict[str, bytes]:
+def encode_array(name: str, values: np.ndarray) -> dict[str, bytes]:
+    """The objects of one array, under its name."""
     scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
     # One memory is one inner chunk; the small arrays are read whole.
-    inner = (1, *values.shape[1:]) if name == "memories" else values.shape
+    inner = (1, *values.shape[1:]) if name in MEMORIES else values.shape
     spec = _zarr_spec(values, inner=inner)
     ts.open(spec, kvstore=scratch / f"{name}/", create=True).result().write(values).result()
     return {key.decode(): scratch.read(key).result().value for key in scratch.list().result()}

@@ -4,8 +4,10 @@ Layout, every object written through TensorStore::
 
     header.json                    what is in the bank; the commit point of every change
     embedder/embedder.npz          state of a fitted embedder
+    codec/codec.faiss              the codec of a quantized bank
     shards/000000-WRITER/          the first shard, under a name that only its writer uses
-        memories/                  zarr3 (n, layers, 2, kv heads, tokens kept, head dim)
+        memories/                  zarr3 (n, layers, 2, kv heads, tokens kept, head dim); or
+        codes/                     zarr3 (n, layers, 2, kv heads, tokens kept, bytes) uint8
         embeddings/                zarr3 (n, dim) float32
         kept/                      zarr3 (n,) int32
         references.jsonl           text, source and token count of each reference
@@ -32,6 +34,7 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.header import (
+    CODEC_FILE,
     EMBEDDER_FILE,
     HEADER_FILE,
     BankIdentity,
@@ -49,10 +52,18 @@ from jaxlab.memory.objects import (
     write_object,
 )
 from jaxlab.memory.reading import BankReader, StoredMemories
-from jaxlab.memory.shards import StoredReference, encode_shard
+from jaxlab.memory.shards import StoredReference, encode_array, encode_shard
 from jaxlab.memory.verify import VerifyReport
 
-__all__ = ["Bank", "BankIdentity", "BankSpec", "StoredMemories", "StoredReference", "VerifyReport"]
+__all__ = [
+    "Bank",
+    "BankIdentity",
+    "BankSpec",
+    "StoredMemories",
+    "StoredReference",
+    "VerifyReport",
+    "bank_exists",
+]
 
 
 class Bank(BankReader):
@@ -81,6 +92,7 @@ class Bank(BankReader):
         *,
         spec: BankSpec,
         embedder_state: bytes = b"",
+        codec_state: bytes = b"",
         context: ts.Context | None = None,
     ) -> "Bank":
         """A new, empty bank, open for writing; raises BankError when one is there already.
@@ -92,10 +104,14 @@ class Bank(BankReader):
         found = read_object(kvstore, HEADER_FILE, url)
         if found.state != "missing":
             raise BankError(f"there is a bank at {url} already; open it, or choose another place")
-        header = Header(spec=spec)
-        if embedder_state:
-            write_object(kvstore, EMBEDDER_FILE, embedder_state, url=url)
-            header = Header(spec=spec, embedder_file=StoredFile.of(embedder_state))
+        if bool(spec.codec) != bool(codec_state):
+            raise BankError(f"bank {url}: a codec takes both its name and its state")
+        states = {EMBEDDER_FILE: embedder_state, CODEC_FILE: codec_state}
+        for key, state in states.items():
+            if state:
+                write_object(kvstore, key, state, url=url)
+        files = [StoredFile.of(state) if state else None for state in states.values()]
+        header = Header(spec=spec, embedder_file=files[0], codec_file=files[1])
         bank = cls(
             url,
             context=context,
@@ -148,8 +164,8 @@ class Bank(BankReader):
 
         Raises BankError when an argument does not fit the bank, when the bank was opened for
         reading or changed by another writer, and when storing fails (a full disk); then the bank
-        is what it was before. The shard is put together in host memory, so append some hundred
-        references of a large model at a time.
+        is what it was before. A quantized bank takes memories or their codes. The shard is put
+        together in host memory, so append some hundred references of a large model at a time.
         """
         self._require_writable()
         shard = self.store(
@@ -179,12 +195,21 @@ class Bank(BankReader):
         :meth:`append` does.
         """
         arrays = self._check(memories, kept, embeddings, references)
-        name = f"{number:06d}-{self._header.writer}"
         objects = encode_shard(arrays, references)
-        files = {path: StoredFile.of(content) for path, content in objects.items()}
-        shard = Shard(name=name, start=start, count=len(references), files=files)
-        self._put(shard, objects)
-        return shard
+        return self._put(objects, number=number, start=start, count=len(references))
+
+    def store_copy(
+        self,
+        source: BankReader,
+        shard: Shard,
+        memories: Shaped[np.ndarray, "n Lm 2 K m stored"],
+    ) -> Shard:
+        """Write a shard of another bank with other ``memories`` and the rest bit for bit."""
+        old, new = f"{source.spec.stored_name}/", self.spec.stored_name
+        same = {path for path in shard.files if not path.startswith(old)}
+        objects = {path: source.object_of(shard, path) for path in same}
+        objects |= encode_array(new, self._as_stored(memories))
+        return self._put(objects, number=self.next_number, start=shard.start, count=shard.count)
 
     def add(self, shards: Sequence[Shard]) -> None:
         """List stored shards in the header: its writer commits it, others only take note.
@@ -199,8 +224,11 @@ class Bank(BankReader):
         else:
             self._commit(header)
 
-    def _put(self, shard: Shard, objects: Mapping[str, bytes]) -> None:
+    def _put(self, objects: Mapping[str, bytes], *, number: int, start: int, count: int) -> Shard:
         """Write the objects of a shard, or none of them."""
+        files = {path: StoredFile.of(content) for path, content in objects.items()}
+        name = f"{number:06d}-{self._header.writer}"
+        shard = Shard(name=name, start=start, count=count, files=files)
         try:
             for path, content in objects.items():
                 write_object(self._kvstore, shard.folder + path, content, url=self.url)
@@ -208,17 +236,18 @@ class Bank(BankReader):
             with contextlib.suppress(BankError):
                 delete_folder(self._kvstore, shard.folder, url=self.url)
             raise
+        return shard
 
     def _check(self, memories: Any, kept: Any, embeddings: Any, references: Any) -> dict[str, Any]:
         """The arrays of a shard, once they are known to fit the bank."""
         spec, n = self.spec, len(references)
         arrays = {
-            "memories": np.ascontiguousarray(memories),
+            spec.stored_name: self._as_stored(np.asarray(memories)),
             "embeddings": np.ascontiguousarray(embeddings, np.float32),
             "kept": np.ascontiguousarray(kept, np.int32),
         }
         shapes = {
-            "memories": (n, *spec.memory_shape),
+            spec.stored_name: (n, *spec.stored_shape),
             "embeddings": (n, spec.embedding_dim),
             "kept": (n,),
         }
@@ -230,10 +259,10 @@ class Bank(BankReader):
                     f"append to {self.url}: {name} have shape {arrays[name].shape},"
                     f" expected {shape}"
                 )
-        if arrays["memories"].dtype != spec.numpy_dtype:
+        if arrays[spec.stored_name].dtype != spec.stored_dtype:
             raise BankError(
-                f"append to {self.url}: memories are {arrays['memories'].dtype}, the bank holds"
-                f" {spec.dtype}"
+                f"append to {self.url}: memories are {arrays[spec.stored_name].dtype}, the bank"
+                f" holds {spec.stored_dtype}"
             )
         if arrays["kept"].min() < 0 or arrays["kept"].max() > spec.memory_shape[3]:
             raise BankError(
@@ -242,6 +271,13 @@ class Bank(BankReader):
         if not np.isfinite(arrays["embeddings"]).all():
             raise BankError(f"append to {self.url}: an embedding is not finite")
         return arrays
+
+    def _as_stored(self, memories: np.ndarray) -> np.ndarray:
+        """Memories, or the codes of them in a quantized bank, which may be given already."""
+        whole = memories.shape[1:] == self.spec.memory_shape
+        if self.codec is not None and whole and memories.dtype != np.uint8:
+            memories = self.codec.encode(memories.astype(np.float32))
+        return np.ascontiguousarray(memories)
 
     def _require_writable(self) -> None:
         if self._generation is None:
@@ -274,3 +310,10 @@ class Bank(BankReader):
         known = {shard.name for shard in self.shards}
         for name in list_folders(self._kvstore, "shards/", url=self.url) - known:
             delete_folder(self._kvstore, f"shards/{name}/", url=self.url)
+
+
+def bank_exists(url: str | os.PathLike[str]) -> bool:
+    """Whether a bank has been begun at ``url``; raises BankError when that cannot be read."""
+    url = os.fspath(url)
+    kvstore = open_kvstore(url, default_context())
+    return read_object(kvstore, HEADER_FILE, url).state != "missing"

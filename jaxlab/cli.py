@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlab.errors import ConfigError, Interrupted, JaxlabError, Preempted
-from jaxlab.preflight.command import add_commands
+from jaxlab.memory import command as memory
+from jaxlab.preflight import command as preflight
 from jaxlab.tools.interrupts import interruptible
-from jaxlab.tools.output import one_line, print_citations, write_json
+from jaxlab.tools.output import print_citations, write_json
 from kernels_pallas.without_tpu import choose_cpu
 
 
@@ -57,10 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     source = "installed-docs, a path (folder, .txt, .jsonl[.gz|.xz|.zst]), facts:SEED or tfds:NAME"
     _training_commands(commands, source)
-    _memory_commands(commands, source)
+    memory.add_commands(commands, _command, _positive, source)
     _generate_command(commands)
     _evaluation_commands(commands, source)
-    add_commands(commands, _command, _positive)
+    preflight.add_commands(commands, _command, _positive)
     _command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
     return parser
 
@@ -167,25 +168,6 @@ def _evaluation_commands(commands, source: str) -> None:
     sharpness.add_argument("--json", required=True, metavar="FILE")
 
 
-def _memory_commands(commands, source: str) -> None:
-    memory = commands.add_parser("memory", help="memory banks").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    text = "write references into a bank; resumable"
-    write = _command(memory, "write", _memory_write, text, together=True)
-    write.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
-    write.add_argument("--data", required=True, metavar="SRC", help=source)
-    write.add_argument("--limit-bytes", type=_positive, metavar="N", help="read so much of SRC")
-    search = _command(memory, "search", _memory_search, "the references nearest to a text")
-    search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
-    search.add_argument("--top", type=_positive, default=5, metavar="K", help="how many (5)")
-    search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
-    stats = _command(memory, "stats", _memory_stats, "what a bank holds")
-    verify = _command(memory, "verify", _memory_verify, "check every file of a bank")
-    for each in (write, search, stats, verify):
-        each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
-
-
 def _positive(text: str) -> int:
     return _at_least(1, text)
 
@@ -252,56 +234,6 @@ def _sweep(arguments: argparse.Namespace) -> None:
         )
     except Interrupted as stop:
         raise Interrupted(f"{stop}; go on with: {arguments.again}") from None
-
-
-def _memory_write(arguments: argparse.Namespace) -> None:
-    from jaxlab.data.sources import load_documents
-    from jaxlab.memory.pipeline import write_bank
-    from jaxlab.training.load import load_model
-
-    documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
-    written = write_bank(load_model(arguments.run), documents, arguments.bank)
-    _say(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
-
-
-def _memory_search(arguments: argparse.Namespace) -> None:
-    from jaxlab.memory.read import MemoryReader
-    from jaxlab.memory.store import Bank
-
-    model_embed = None
-    if arguments.run is not None:
-        from jaxlab.training.load import load_model
-
-        model_embed = load_model(arguments.run).embed_texts
-    bank = Bank.open(arguments.bank)
-    hits = MemoryReader.open(bank, model_embed=model_embed).search([arguments.query], arguments.top)
-    found = [
-        pair
-        for pair in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True)
-        if pair[0] >= 0
-    ]
-    if not found:
-        print("no reference has anything of the query")
-    for row, score in found:
-        stored = bank.reference(row)
-        print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
-
-
-def _memory_stats(arguments: argparse.Namespace) -> None:
-    from jaxlab.memory.store import Bank
-
-    print(json.dumps(Bank.open(arguments.bank).stats(), indent=2))
-
-
-def _memory_verify(arguments: argparse.Namespace) -> int:
-    from jaxlab.memory.store import Bank
-
-    found = Bank.open(arguments.bank).verify()
-    for problem in found.problems:
-        print(f"error: {problem}", file=sys.stderr)
-    state = "whole" if found.ok else "damaged"
-    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references")
-    return 0 if found.ok else 1
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from jaxlab.config import MemoryConfig, ModelConfig
 from jaxlab.inference.sampling import Choices, choose
+from jaxlab.memory.read import decoded
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import KeyValues, Slots
 from jaxlab.models.cache import Cache, empty_cache
 from jaxlab.models.decoder import Prefix, unstack
-from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
+from kernels_pallas.memory_dequantize import Codebook
 
 
 class State(NamedTuple):
@@ -71,8 +72,7 @@ class Programs:
             codebook: Codebook | None,
         ) -> State:
             if codebook is not None:
-                dtype = state.slots.keys[0].dtype
-                stored = memory_dequantize(stored, codebook, dtype=dtype)
+                stored = decoded(stored, codebook, state.slots.keys[0].dtype)
             fresh = from_stored(stored[:, None], valid[:, None])
             slots = Slots(
                 *(

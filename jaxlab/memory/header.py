@@ -10,10 +10,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxlab.errors import BankError
+from jaxlab.errors import BankError, ConfigError
+from jaxlab.memory.lsa import STATE_FILE
+from jaxlab.memory.rate import Rate
 
 FORMAT = "jaxlab-memory-bank"
-VERSION = 1
+VERSION = 2
+HEADER_FILE = "header.json"
+EMBEDDER_FILE = f"embedder/{STATE_FILE}"
+CODEC_FILE = "codec/codec.faiss"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -44,7 +49,8 @@ class BankSpec:
     """What every reference of a bank has in common.
 
     ``memory_shape`` is (memory layers, 2, kv heads, tokens kept, head dim); axis 1 is key, value.
-    Raises BankError for a shape or dtype no bank can hold.
+    With a ``codec`` (its name) each vector is stored as a code; ``dtype`` is then what the codes
+    are decoded to. Raises BankError for a shape, dtype or codec no bank can have.
     """
 
     identity: BankIdentity
@@ -56,6 +62,7 @@ class BankSpec:
     references_per_chunk: int = 5
     reference_length: int = 128
     preface: tuple[int, ...] = ()
+    codec: str | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(int(size) for size in self.memory_shape)
@@ -67,18 +74,44 @@ class BankSpec:
             raise BankError(f"dtype of a bank is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.embedding_dim < 1:
             raise BankError(f"embedding_dim is {self.embedding_dim}; it must be at least 1")
+        if self.codec is not None and self._rate().dim != shape[-1]:
+            raise BankError(
+                f"codec {self.codec} is for vectors of {self._rate().dim} numbers, memory_shape"
+                f" has {shape[-1]}"
+            )
         object.__setattr__(self, "memory_shape", shape)
         object.__setattr__(self, "preface", tuple(int(token) for token in self.preface))
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """The dtype of the stored memories."""
+        """The dtype of keys and values."""
         return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
     @property
+    def stored_name(self) -> str:
+        """The array that holds the memories: ``codes`` in a quantized bank."""
+        return "codes" if self.codec else "memories"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of one memory as stored."""
+        return (*self.memory_shape[:-1], self._rate().bytes) if self.codec else self.memory_shape
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """Dtype of a memory as stored."""
+        return np.dtype(np.uint8) if self.codec else self.numpy_dtype
+
+    @property
     def bytes_per_reference(self) -> int:
-        """Bytes of one reference's memory: 450,560 for Memory³-2B in bfloat16 (§3.3)."""
-        return math.prod(self.memory_shape) * self.numpy_dtype.itemsize
+        """Bytes of one memory: Memory³-2B has 450,560 in bfloat16, 39,424 quantized (§3.3)."""
+        return math.prod(self.stored_shape) * self.stored_dtype.itemsize
+
+    def _rate(self) -> Rate:
+        try:
+            return Rate(self.codec)
+        except ConfigError as error:
+            raise BankError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -102,6 +135,16 @@ class Shard:
     start: int
     count: int
     files: dict[str, StoredFile]
+
+    @property
+    def folder(self) -> str:
+        """Where its objects lie in the bank, with a slash at the end."""
+        return f"shards/{self.name}/"
+
+    @property
+    def number(self) -> int:
+        """What its name begins with."""
+        return int(self.name.split("-")[0])
 
     def to_json(self) -> str:
         """As one line, for another process."""
@@ -129,12 +172,31 @@ class Header:
     spec: BankSpec
     writer: str = ""
     embedder_file: StoredFile | None = None
+    codec_file: StoredFile | None = None
     shards: tuple[Shard, ...] = ()
 
     @property
-    def count(self) -> int:
-        """References in the bank."""
+    def rows(self) -> int:
+        """Row numbers in the bank: one more than the last."""
         return self.shards[-1].start + self.shards[-1].count if self.shards else 0
+
+    @property
+    def next_number(self) -> int:
+        """The number that the name of the next shard begins with."""
+        return max((shard.number for shard in self.shards), default=-1) + 1
+
+    def objects(self) -> list[tuple[str, str, StoredFile]]:
+        """Every object but the header itself: whose it is, its key, its record."""
+        found = [
+            (f"shard {shard.name}", f"{shard.folder}{path}", record)
+            for shard in self.shards
+            for path, record in shard.files.items()
+        ]
+        alone = (
+            ("embedder", EMBEDDER_FILE, self.embedder_file),
+            ("codec", CODEC_FILE, self.codec_file),
+        )
+        return found + [each for each in alone if each[2] is not None]
 
     def with_shard(self, shard: Shard) -> "Header":
         """This header with one shard more."""
@@ -170,12 +232,15 @@ def _parse(body: dict[str, Any]) -> Header:
     spec = dict(body["spec"])
     spec["identity"] = BankIdentity(**spec["identity"])
     spec |= {name: tuple(spec[name]) for name in ("memory_shape", "preface")}
-    embedder = body["embedder_file"]
+    files = {
+        name: StoredFile(**body[name]) if body[name] else None
+        for name in ("embedder_file", "codec_file")
+    }
     shards = [Shard.of(shard) for shard in body["shards"]]
     return Header(
         spec=BankSpec(**spec),
         writer=body["writer"],
-        embedder_file=StoredFile(**embedder) if embedder else None,
+        **files,
         shards=tuple(shards),
     )
 

@@ -1,16 +1,11 @@
-"""Objects of a memory bank: opening a place for them, reading, writing and encoding them."""
+"""Objects of a memory bank: opening a place for them, reading, writing, listing, deleting."""
 
-import json
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorstore as ts
 
 from jaxlab.errors import BankError
-
-REFERENCES = "references.jsonl"
 
 
 def default_context() -> ts.Context:
@@ -86,47 +81,3 @@ def reason(error: Exception) -> str:
     """The first line of a driver's message, without its dump of the specification."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[0].split(" [tensorstore_spec=")[0]
-
-
-def encode_shard(
-    arrays: Mapping[str, np.ndarray], references: Sequence[Mapping[str, Any]]
-) -> dict[str, bytes]:
-    """The objects of a shard as bytes, so that what is hashed is exactly what is written."""
-    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
-    for name, values in arrays.items():
-        # One memory is one inner chunk; the small arrays are read whole.
-        inner = (1, *values.shape[1:]) if name == "memories" else values.shape
-        spec = _zarr_spec(values, inner=inner)
-        ts.open(spec, kvstore=scratch / f"{name}/", create=True).result().write(values).result()
-    objects = {key.decode(): scratch.read(key).result().value for key in scratch.list().result()}
-    # ASCII escapes: no text can then hold a line break or a lone surrogate.
-    lines = [json.dumps(reference) + "\n" for reference in references]
-    objects[REFERENCES] = "".join(lines).encode()
-    return objects
-
-
-def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
-    sharding = {
-        "chunk_shape": list(inner),
-        # The checksum of each inner chunk: a memory with a flipped bit is not read.
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "index_codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "crc32c"},
-        ],
-        "index_location": "end",
-    }
-    return {
-        "driver": "zarr3",
-        # Otherwise a memory of zeros is left out and sizes depend on the content.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": list(values.shape),
-            "data_type": values.dtype.name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": list(values.shape)},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-    }

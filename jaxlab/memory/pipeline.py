@@ -16,7 +16,7 @@ from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
 from jaxlab.memory.header import BankSpec, Shard
-from jaxlab.memory.store import Bank, StoredReference
+from jaxlab.memory.store import Bank, StoredReference, bank_exists
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
 from jaxlab.sharding.processes import (
@@ -139,7 +139,7 @@ def _store(bank, ahead: int, encode, embedder, references: References, part: sli
             StoredReference(text=text, source=source, tokens=int(count))
             for text, source, count in zip(texts, sources, lengths, strict=True)
         ],
-        number=len(bank.shards) + ahead,
+        number=bank.next_number + ahead,
         start=part.start,
     )
 
@@ -185,12 +185,3 @@ def _check_same_references(bank: Bank, references: References, url: str) -> None
                 f"bank {url}: reference {row} is not the one that this source gives: the bank was "
                 "begun with another source; use the same --data or another --bank"
             )
-
-
-def bank_exists(url: str) -> bool:
-    """Whether a bank has been begun at ``url``; raises BankError when that cannot be read."""
-    from jaxlab.memory.objects import default_context, open_kvstore, read_object
-    from jaxlab.memory.store import HEADER_FILE
-
-    kvstore = open_kvstore(url, default_context())
-    return read_object(kvstore, HEADER_FILE, url).state != "missing"

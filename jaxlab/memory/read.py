@@ -1,11 +1,13 @@
 """From texts to the slots that the model reads: search, filter, load, arrange."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jaxlab.data.overlap import exceeds
 from jaxlab.memory.recent import RecentMemories
@@ -13,7 +15,7 @@ from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
-from kernels_pallas.memory_dequantize import Codebook
+from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
 
 # Enough for 500 memories of Memory³-2B, whose 450,560 bytes each are the largest there are.
 CACHE_BYTES = 1 << 28
@@ -109,8 +111,8 @@ class MemoryReader:
 
     @property
     def codebook(self) -> Codebook | None:
-        """What decodes the memories that :meth:`fetch` gives; None when they are none to decode."""
-        return None
+        """What decodes what :meth:`fetch` gives; None when it needs no decoding."""
+        return None if self.bank.codec is None else self.bank.codec.codebook
 
     @property
     def keeps(self) -> bool:
@@ -136,5 +138,21 @@ class MemoryReader:
 
     def slots(self, ids: Int[np.ndarray, "B C r"]) -> Slots:
         """The slots of chunks that read references ``ids``; -1 is an empty slot."""
-        memories, valid = self.fetch(self.exchanged(ids))
-        return from_stored(jnp.asarray(memories), jnp.asarray(valid))
+        stored, valid = self.fetch(self.exchanged(ids))
+        if self.codebook is None:
+            return from_stored(jnp.asarray(stored), jnp.asarray(valid))
+        return _decoded_slots(stored, valid, self.codebook, dtype=self.bank.spec.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _decoded_slots(codes, valid, codebook: Codebook, *, dtype: str) -> Slots:
+    return from_stored(decoded(codes, codebook, dtype), valid)
+
+
+def decoded(
+    codes: UInt8[Array, "*ids L 2 K m W"], codebook: Codebook, dtype: jax.typing.DTypeLike
+) -> Float[Array, "*ids L 2 K m H"]:
+    """Memories from the codes that a quantized bank holds."""
+    # The kernel knows no float16.
+    computed = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
+    return memory_dequantize(codes, codebook, dtype=computed).astype(dtype)

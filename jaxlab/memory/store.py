@@ -4,11 +4,16 @@ Layout, every object written through TensorStore::
 
     header.json                    what is in the bank; the commit point of every change
     embedder/embedder.npz          state of a fitted embedder
+    codec/codec.faiss              the codec of a quantized bank
     shards/000000-WRITER/          the first shard, under a name that only its writer uses
-        memories/                  zarr3 (n, layers, 2, kv heads, tokens kept, head dim)
+        memories/                  zarr3 (n, layers, 2, kv heads, tokens kept, head dim); or
+        codes/                     zarr3 (n, layers, 2, kv heads, tokens kept, bytes) uint8
         embeddings/                zarr3 (n, dim) float32
         kept/                      zarr3 (n,) int32
         references.jsonl           text, source and token count of each reference
+        lines/                     zarr3 (n, 3) uint64: start, length and CRC-32 of each line
+        source/                    zarr3 (n,) int32: which of sources.json
+        sources.json               the sources of the shard
 
 A shard is written once, by one ``append``, and exists from the moment the header lists it. One
 memory is one inner chunk of the zarr3 shard, with a checksum: it is read with one range request,
@@ -17,56 +22,51 @@ can add nothing more. Any number of readers, each of which sees the bank as it w
 """
 
 import contextlib
-import json
 import os
 import secrets
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Float32, Int, Int32, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from jaxlab.errors import BankError
-from jaxlab.memory.embedders import STATE_FILE, Embedder, ModelEmbed, open_embedder
-from jaxlab.memory.header import BankIdentity, BankSpec, Header, Shard, StoredFile
+from jaxlab.memory.header import (
+    CODEC_FILE,
+    EMBEDDER_FILE,
+    HEADER_FILE,
+    BankIdentity,
+    BankSpec,
+    Header,
+    Shard,
+    StoredFile,
+)
 from jaxlab.memory.objects import (
-    REFERENCES,
     default_context,
     delete_folder,
-    encode_shard,
     list_folders,
     open_kvstore,
     read_object,
-    reason,
     write_object,
 )
-from jaxlab.memory.verify import VerifyReport, verify_objects
+from jaxlab.memory.reading import BankReader, StoredMemories
+from jaxlab.memory.shards import StoredReference, encode_array, encode_shard
+from jaxlab.memory.verify import VerifyReport
 
-__all__ = ["Bank", "BankIdentity", "BankSpec", "StoredMemories", "StoredReference", "VerifyReport"]
-
-HEADER_FILE = "header.json"
-_EMBEDDER = f"embedder/{STATE_FILE}"
-
-
-@dataclass(frozen=True)
-class StoredReference:
-    """One reference as text: where it came from and how many tokens it has."""
-
-    text: str
-    source: str
-    tokens: int
+__all__ = [
+    "Bank",
+    "BankIdentity",
+    "BankSpec",
+    "StoredMemories",
+    "StoredReference",
+    "VerifyReport",
+    "bank_exists",
+]
 
 
-class StoredMemories(NamedTuple):
-    """Memories in the order asked for, and how many of their token slots are valid."""
-
-    memories: Shaped[np.ndarray, "*ids Lm 2 K m H"]
-    kept: Int32[np.ndarray, "*ids"]
-
-
-class Bank:
+class Bank(BankReader):
     """A memory bank at a local path or a ``file://``, ``gs://``, ``s3://``, ``memory://`` URL.
 
     Made by ``Bank.create`` or ``Bank.open``. Row numbers (ids) count over all shards from 0.
@@ -81,13 +81,9 @@ class Bank:
         header: Header,
         generation: bytes | None,
     ) -> None:
-        self.url = url
-        self._context, self._kvstore = context, kvstore
-        self._header = header
+        super().__init__(url, context=context, kvstore=kvstore, header=header)
         # Generation of header.json this bank may replace; None: opened for reading only.
         self._generation = generation
-        self._arrays: dict[tuple[str, str], Any] = {}
-        self._texts: dict[str, list[StoredReference]] = {}
 
     @classmethod
     def create(
@@ -96,6 +92,7 @@ class Bank:
         *,
         spec: BankSpec,
         embedder_state: bytes = b"",
+        codec_state: bytes = b"",
         context: ts.Context | None = None,
     ) -> "Bank":
         """A new, empty bank, open for writing; raises BankError when one is there already.
@@ -107,10 +104,14 @@ class Bank:
         found = read_object(kvstore, HEADER_FILE, url)
         if found.state != "missing":
             raise BankError(f"there is a bank at {url} already; open it, or choose another place")
-        header = Header(spec=spec)
-        if embedder_state:
-            write_object(kvstore, _EMBEDDER, embedder_state, url=url)
-            header = Header(spec=spec, embedder_file=StoredFile.of(embedder_state))
+        if bool(spec.codec) != bool(codec_state):
+            raise BankError(f"bank {url}: a codec takes both its name and its state")
+        states = {EMBEDDER_FILE: embedder_state, CODEC_FILE: codec_state}
+        for key, state in states.items():
+            if state:
+                write_object(kvstore, key, state, url=url)
+        files = [StoredFile.of(state) if state else None for state in states.values()]
+        header = Header(spec=spec, embedder_file=files[0], codec_file=files[1])
         bank = cls(
             url,
             context=context,
@@ -152,19 +153,6 @@ class Bank:
             bank._sweep()
         return bank
 
-    @property
-    def spec(self) -> BankSpec:
-        """Shapes, dtype, identity and chunk grid of the bank."""
-        return self._header.spec
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The shards, in the order of their rows."""
-        return self._header.shards
-
-    def __len__(self) -> int:
-        return self._header.count
-
     def append(
         self,
         memories: Shaped[np.ndarray, "n Lm 2 K m H"],
@@ -176,12 +164,17 @@ class Bank:
 
         Raises BankError when an argument does not fit the bank, when the bank was opened for
         reading or changed by another writer, and when storing fails (a full disk); then the bank
-        is what it was before. The shard is put together in host memory, so append some hundred
-        references of a large model at a time.
+        is what it was before. A quantized bank takes memories or their codes. The shard is put
+        together in host memory, so append some hundred references of a large model at a time.
         """
         self._require_writable()
         shard = self.store(
-            memories, kept, embeddings, references, number=len(self.shards), start=len(self)
+            memories,
+            kept,
+            embeddings,
+            references,
+            number=self.next_number,
+            start=self.rows,
         )
         self.add([shard])
         return range(shard.start, shard.start + shard.count)
@@ -202,18 +195,21 @@ class Bank:
         :meth:`append` does.
         """
         arrays = self._check(memories, kept, embeddings, references)
-        name = f"{number:06d}-{self._header.writer}"
-        objects = encode_shard(arrays, [asdict(reference) for reference in references])
-        files = {path: StoredFile.of(content) for path, content in objects.items()}
-        folder = f"shards/{name}/"
-        try:
-            for path, content in objects.items():
-                write_object(self._kvstore, folder + path, content, url=self.url)
-        except BaseException:
-            with contextlib.suppress(BankError):
-                delete_folder(self._kvstore, folder, url=self.url)
-            raise
-        return Shard(name=name, start=start, count=len(references), files=files)
+        objects = encode_shard(arrays, references)
+        return self._put(objects, number=number, start=start, count=len(references))
+
+    def store_copy(
+        self,
+        source: BankReader,
+        shard: Shard,
+        memories: Shaped[np.ndarray, "n Lm 2 K m stored"],
+    ) -> Shard:
+        """Write a shard of another bank with other ``memories`` and the rest bit for bit."""
+        old, new = f"{source.spec.stored_name}/", self.spec.stored_name
+        same = {path for path in shard.files if not path.startswith(old)}
+        objects = {path: source.object_of(shard, path) for path in same}
+        objects |= encode_array(new, self._as_stored(memories))
+        return self._put(objects, number=self.next_number, start=shard.start, count=shard.count)
 
     def add(self, shards: Sequence[Shard]) -> None:
         """List stored shards in the header: its writer commits it, others only take note.
@@ -224,98 +220,34 @@ class Bank:
         for shard in shards:
             header = header.with_shard(shard)
         if self._generation is None:
-            self._header = header
+            self._use(header)
         else:
             self._commit(header)
 
-    def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
-        """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
-
-        Raises BankError for an id past the end and for a shard that cannot be read.
-        """
-        ids = np.asarray(ids, np.int64)
-        rows, place = np.unique(ids, return_inverse=True)
-        if len(rows) and rows[-1] >= len(self):
-            raise BankError(f"bank {self.url} has {len(self)} references; there is no {rows[-1]}")
-        memories = np.zeros((len(rows), *self.spec.memory_shape), self.spec.numpy_dtype)
-        kept = np.zeros(len(rows), np.int32)
-        pending = []
-        for shard in self.shards:
-            first, last = np.searchsorted(rows, [shard.start, shard.start + shard.count])
-            if last > first:
-                inside = rows[first:last] - shard.start
-                for name, out in (("memories", memories), ("kept", kept)):
-                    future = self._start_read(shard, name, inside)
-                    pending.append((shard, future, out[first:last]))
-        for shard, future, out in pending:
-            out[...] = self._finish_read(shard, future)
-        return StoredMemories(memories[place.reshape(ids.shape)], kept[place.reshape(ids.shape)])
-
-    def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
-        """The embeddings of all references, in row order."""
-        out = np.zeros((len(self), self.spec.embedding_dim), np.float32)
-        pending = [(s, self._start_read(s, "embeddings", slice(None))) for s in self.shards]
-        for shard, future in pending:
-            out[shard.start : shard.start + shard.count] = self._finish_read(shard, future)
-        return out
-
-    def reference(self, row: int) -> StoredReference:
-        """The text of one reference."""
-        return self.references([row])[0]
-
-    def references(self, ids: Sequence[int]) -> list[StoredReference]:
-        """The texts of references; raises BankError for an id that is not in the bank.
-
-        Texts of a shard stay in memory once read: they are small beside the embeddings.
-        """
-        starts = np.array([shard.start for shard in self.shards])
-        out = []
-        for row in ids:
-            if not 0 <= row < len(self):
-                raise BankError(f"bank {self.url} has {len(self)} references; there is no {row}")
-            shard = self.shards[int(np.searchsorted(starts, row, side="right")) - 1]
-            out.append(self._shard_texts(shard)[row - shard.start])
-        return out
-
-    def embedder(self, *, model_embed: ModelEmbed | None = None) -> Embedder:
-        """The embedder the bank was written with; raises BankError when its state is damaged."""
-        record, state = self._header.embedder_file, None
-        if record is not None:
-            found = read_object(self._kvstore, _EMBEDDER, self.url)
-            state = found.value
-            if found.state == "missing" or StoredFile.of(state) != record:
-                raise BankError(
-                    f"bank {self.url}: {_EMBEDDER} is damaged or missing; restore it from a copy,"
-                    " or write the bank again"
-                )
-        return open_embedder(self.spec.embedder, state=state, model_embed=model_embed)
-
-    def stats(self) -> dict[str, Any]:
-        """Counts, sizes and settings, ready to print or to store as JSON."""
-        sizes = [file.bytes for shard in self.shards for file in shard.files.values()]
-        return {
-            "url": self.url,
-            "references": len(self),
-            "shards": len(self.shards),
-            "bytes": sum(sizes),
-            "bytes_per_reference": self.spec.bytes_per_reference,
-            **asdict(self.spec),
-        }
-
-    def verify(self) -> VerifyReport:
-        """Read every object back and compare size and SHA-256; damage is reported, not raised."""
-        return verify_objects(self._kvstore, self._header, embedder_key=_EMBEDDER)
+    def _put(self, objects: Mapping[str, bytes], *, number: int, start: int, count: int) -> Shard:
+        """Write the objects of a shard, or none of them."""
+        files = {path: StoredFile.of(content) for path, content in objects.items()}
+        name = f"{number:06d}-{self._header.writer}"
+        shard = Shard(name=name, start=start, count=count, files=files)
+        try:
+            for path, content in objects.items():
+                write_object(self._kvstore, shard.folder + path, content, url=self.url)
+        except BaseException:
+            with contextlib.suppress(BankError):
+                delete_folder(self._kvstore, shard.folder, url=self.url)
+            raise
+        return shard
 
     def _check(self, memories: Any, kept: Any, embeddings: Any, references: Any) -> dict[str, Any]:
         """The arrays of a shard, once they are known to fit the bank."""
         spec, n = self.spec, len(references)
         arrays = {
-            "memories": np.ascontiguousarray(memories),
+            spec.stored_name: self._as_stored(np.asarray(memories)),
             "embeddings": np.ascontiguousarray(embeddings, np.float32),
             "kept": np.ascontiguousarray(kept, np.int32),
         }
         shapes = {
-            "memories": (n, *spec.memory_shape),
+            spec.stored_name: (n, *spec.stored_shape),
             "embeddings": (n, spec.embedding_dim),
             "kept": (n,),
         }
@@ -327,10 +259,10 @@ class Bank:
                     f"append to {self.url}: {name} have shape {arrays[name].shape},"
                     f" expected {shape}"
                 )
-        if arrays["memories"].dtype != spec.numpy_dtype:
+        if arrays[spec.stored_name].dtype != spec.stored_dtype:
             raise BankError(
-                f"append to {self.url}: memories are {arrays['memories'].dtype}, the bank holds"
-                f" {spec.dtype}"
+                f"append to {self.url}: memories are {arrays[spec.stored_name].dtype}, the bank"
+                f" holds {spec.stored_dtype}"
             )
         if arrays["kept"].min() < 0 or arrays["kept"].max() > spec.memory_shape[3]:
             raise BankError(
@@ -339,6 +271,13 @@ class Bank:
         if not np.isfinite(arrays["embeddings"]).all():
             raise BankError(f"append to {self.url}: an embedding is not finite")
         return arrays
+
+    def _as_stored(self, memories: np.ndarray) -> np.ndarray:
+        """Memories, or the codes of them in a quantized bank, which may be given already."""
+        whole = memories.shape[1:] == self.spec.memory_shape
+        if self.codec is not None and whole and memories.dtype != np.uint8:
+            memories = self.codec.encode(memories.astype(np.float32))
+        return np.ascontiguousarray(memories)
 
     def _require_writable(self) -> None:
         if self._generation is None:
@@ -363,7 +302,8 @@ class Bank:
         )
         if not stamp.generation:
             raise self._changed()
-        self._header, self._generation = header, stamp.generation
+        self._use(header)
+        self._generation = stamp.generation
 
     def _sweep(self) -> None:
         """Delete shards that no header lists: a writer was killed before its commit."""
@@ -371,44 +311,9 @@ class Bank:
         for name in list_folders(self._kvstore, "shards/", url=self.url) - known:
             delete_folder(self._kvstore, f"shards/{name}/", url=self.url)
 
-    def _start_read(self, shard: Shard, name: str, rows: Any) -> Any:
-        try:
-            key = (shard.name, name)
-            if key not in self._arrays:
-                base = self._kvstore / f"shards/{shard.name}/{name}/"
-                spec = {
-                    "driver": "zarr3",
-                    "recheck_cached_data": "open",  # shards never change
-                    "fill_missing_data_reads": False,  # a lost file is an error, not zeros
-                }
-                self._arrays[key] = ts.open(spec, kvstore=base, context=self._context).result()
-            return self._arrays[key][rows].read()
-        except Exception as error:
-            raise self._unreadable(shard, error) from error
 
-    def _finish_read(self, shard: Shard, future: Any) -> np.ndarray:
-        try:
-            return future.result()
-        except Exception as error:
-            raise self._unreadable(shard, error) from error
-
-    def _unreadable(self, shard: Shard, error: Exception) -> BankError:
-        return BankError(
-            f"bank {self.url}: shard {shard.name} cannot be read ({reason(error)});"
-            " run `jaxlab memory verify` to see what is damaged"
-        )
-
-    def _shard_texts(self, shard: Shard) -> list[StoredReference]:
-        if shard.name not in self._texts:
-            try:
-                found = self._kvstore.read(f"shards/{shard.name}/{REFERENCES}").result()
-                if found.state == "missing":
-                    raise FileNotFoundError(f"{REFERENCES} is missing")
-                if StoredFile.of(found.value) != shard.files[REFERENCES]:
-                    raise ValueError(f"{REFERENCES} is damaged: another SHA-256")
-                lines = found.value.decode().splitlines()
-                texts = [StoredReference(**json.loads(line)) for line in lines]
-            except Exception as error:
-                raise self._unreadable(shard, error) from error
-            self._texts[shard.name] = texts
-        return self._texts[shard.name]
+def bank_exists(url: str | os.PathLike[str]) -> bool:
+    """Whether a bank has been begun at ``url``; raises BankError when that cannot be read."""
+    url = os.fspath(url)
+    kvstore = open_kvstore(url, default_context())
+    return read_object(kvstore, HEADER_FILE, url).state != "missing"

@@ -25,15 +25,9 @@ class VerifyReport:
         return not self.problems
 
 
-def verify_objects(kvstore: Any, header: Header, *, embedder_key: str) -> VerifyReport:
+def verify_objects(kvstore: Any, header: Header) -> VerifyReport:
     """Compare every object that ``header`` lists with its size and SHA-256."""
-    tasks = [
-        (f"shard {shard.name}", f"shards/{shard.name}/{path}", record)
-        for shard in header.shards
-        for path, record in shard.files.items()
-    ]
-    if header.embedder_file is not None:
-        tasks.append(("embedder", embedder_key, header.embedder_file))
+    tasks = header.objects()
     damaged, missing, problems = {}, {}, []
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda task: _problem(kvstore, *task[1:]), tasks)
@@ -44,7 +38,7 @@ def verify_objects(kvstore: Any, header: Header, *, embedder_key: str) -> Verify
                 problems.append(f"{owner}: {key} is {wrong}")
     return VerifyReport(
         shards=len(header.shards),
-        references=header.count,
+        references=header.rows,
         bytes=sum(record.bytes for _, _, record in tasks),
         damaged=tuple(damaged),
         missing=tuple(missing),

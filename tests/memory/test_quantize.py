@@ -71,7 +71,7 @@ def test_what_is_no_codec_is_refused(codec):
         ("PQ8", vectors(9), "codec 'PQ8': is not of the kind OPQm_d,Residual2xb,PQnxb"),
         ("OPQ4_16,Residual2x5,PQ3x4", vectors(9), "2, 4 and 3 must all divide its dimension 16"),
         (PAPER, vectors(9), "is for vectors of 80 numbers, these have 16"),
-        (SMALL, vectors(9), "is trained on 32 vectors or more, here are 9"),
+        (SMALL, vectors(9), "is trained on 256 vectors or more, here are 9"),
     ],
 )
 def test_what_cannot_be_fitted_is_named(name, rows, message):

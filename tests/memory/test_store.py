@@ -166,11 +166,14 @@ def test_no_bank_and_a_damaged_header_are_one_clear_error(tmp_path):
     with pytest.raises(BankError, match="checksum does not match"):
         Bank.open(tmp_path)
     header.write_text(json.dumps({**json.loads(content), "version": 99}))
-    with pytest.raises(BankError, match="version 99; this jaxlab reads .* version 1"):
+    with pytest.raises(BankError, match="version 99; this jaxlab reads .* version 2"):
         Bank.open(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["memories/c", "memories/zarr", "kept", "embeddings", "jsonl"])
+@pytest.mark.parametrize(
+    "kind",
+    ["memories/c", "memories/zarr", "kept", "embeddings", "jsonl", "lines", "source/", "sources"],
+)
 def test_a_flipped_bit_is_found_and_its_shard_named(tmp_path, kind):
     written(tmp_path)
     assert Bank.open(tmp_path).verify().ok
@@ -191,8 +194,11 @@ def test_a_flipped_bit_is_found_and_its_shard_named(tmp_path, kind):
 def test_a_memory_or_text_with_a_flipped_bit_is_not_read(tmp_path):
     bank = written(tmp_path)
     for name, read in (
-        ("memories", lambda b: b.read([4])),
-        ("references", lambda b: b.reference(4)),
+        ("memories", lambda b: b.read([3])),
+        ("references", lambda b: b.reference(3)),
+        ("lines", lambda b: b.reference(3)),
+        ("source/", lambda b: b.rows_of([])),
+        ("sources", lambda b: b.sources()),
     ):
         (path,) = (
             path
@@ -204,7 +210,7 @@ def test_a_memory_or_text_with_a_flipped_bit_is_not_read(tmp_path):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
             opened = Bank.open(tmp_path)
             with pytest.raises(BankError, match="cannot be read .*jaxlab memory verify"):
-                opened.read([3]), read(opened)
+                read(opened)
         path.write_bytes(content)
         read(Bank.open(tmp_path))
 
@@ -219,7 +225,7 @@ def test_a_lost_file_is_named_by_verify_and_by_whoever_reads_it(tmp_path):
         report = bank.verify()
         assert (report.missing, report.damaged) == ((name,), ())
         with pytest.raises(BankError, match=f"shard {name} .*jaxlab memory verify"):
-            bank.read([4]), bank.embeddings(), bank.reference(4)
+            bank.read([4]), bank.embeddings(), bank.reference(4), bank.sources()
         assert bank.read([2]).memories.shape == (1, *SHAPE)
         file.write_bytes(content[:-1])
         assert Bank.open(tmp_path).verify().damaged == (name,)

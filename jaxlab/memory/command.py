@@ -1,0 +1,145 @@
+"""``jaxlab memory``: write, quantize, search and look after banks."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jaxlab.errors import ConfigError
+from jaxlab.tools.output import one_line, write_json
+
+_RUN = "a run, or RUN@STAGE"
+
+
+def add_commands(
+    commands: Any,
+    command: Callable[..., argparse.ArgumentParser],
+    positive: Callable[[str], int],
+    source: str,
+) -> None:
+    """Add the parsers; ``command(group, name, call, text)`` makes one, ``source`` explains SRC."""
+    memory = commands.add_parser("memory", help="memory banks").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    text = "write references into a bank; resumable"
+    write = command(memory, "write", _write, text, together=True)
+    write.add_argument("--run", required=True, metavar="DIR", help=_RUN)
+    write.add_argument("--data", required=True, metavar="SRC", help=source)
+    write.add_argument("--limit-bytes", type=positive, metavar="N", help="read so much of SRC")
+    search = command(memory, "search", _search, "the references nearest to a text")
+    search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
+    search.add_argument("--top", type=positive, default=5, metavar="K", help="how many (5)")
+    search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
+    stats = command(memory, "stats", _stats, "what a bank holds")
+    verify = command(memory, "verify", _verify, "check every file of a bank")
+    quantize = command(
+        memory,
+        "quantize",
+        _quantize,
+        "a copy of a bank with codes of a few bytes a vector; resumable",
+    )
+    _quantize_arguments(quantize, positive, source)
+    for each in (write, search, stats, verify, quantize):
+        each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
+
+
+def _quantize_arguments(quantize, positive: Callable[[str], int], source: str) -> None:
+    quantize.add_argument("--out", required=True, metavar="BANK", help="the copy")
+    quantize.add_argument("--codec", metavar="NAME", help="(OPQ20_80,Residual2x14,PQ8x10)")
+    sample = "vectors to train the codec on (39 for each of its centroids)"
+    quantize.add_argument("--sample", type=positive, metavar="N", help=sample)
+    quantize.add_argument("--report", metavar="FILE.json", help="what the codec loses")
+    quantize.add_argument("--run", metavar="DIR", help=f"for bits per byte in the report: {_RUN}")
+    quantize.add_argument("--data", metavar="SRC", help=f"and what to score: {source}")
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    from jaxlab.data.sources import load_documents
+    from jaxlab.memory.pipeline import write_bank
+    from jaxlab.sharding.processes import reporter
+    from jaxlab.training.load import load_model
+
+    documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
+    written = write_bank(load_model(arguments.run), documents, arguments.bank)
+    reporter(print)(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.read import MemoryReader
+    from jaxlab.memory.store import Bank
+
+    model_embed = None
+    if arguments.run is not None:
+        from jaxlab.training.load import load_model
+
+        model_embed = load_model(arguments.run).embed_texts
+    bank = Bank.open(arguments.bank)
+    hits = MemoryReader.open(bank, model_embed=model_embed).search([arguments.query], arguments.top)
+    found = [
+        pair
+        for pair in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True)
+        if pair[0] >= 0
+    ]
+    if not found:
+        print("no reference has anything of the query")
+    texts = bank.references([row for row, _ in found])
+    for (row, score), stored in zip(found, texts, strict=True):
+        print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.store import Bank
+
+    print(json.dumps(Bank.open(arguments.bank).stats(), indent=2))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from jaxlab.memory.store import Bank
+
+    found = Bank.open(arguments.bank).verify()
+    for problem in found.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    state = "whole" if found.ok else "damaged"
+    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references")
+    return 0 if found.ok else 1
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    if (arguments.run is None) != (arguments.data is None) or (
+        arguments.run is not None and arguments.report is None
+    ):
+        raise ConfigError("--run and --data go together, with --report FILE: give all or none")
+    from jaxlab.memory.quantize import PAPER
+    from jaxlab.memory.requantize import quantize_bank
+    from jaxlab.memory.store import Bank
+
+    source = Bank.open(arguments.bank)
+    codec = arguments.codec or PAPER
+    done = quantize_bank(source, arguments.out, codec=codec, sample=arguments.sample)
+    result = dataclasses.asdict(done)
+    if arguments.run is not None:
+        result |= _bits_per_byte(arguments)
+    if arguments.report:
+        write_json(arguments.report, result)
+    print(json.dumps(result))
+
+
+def _bits_per_byte(arguments: argparse.Namespace) -> dict[str, float]:
+    """Bits per byte of --data with either bank."""
+    from jaxlab.data.sources import load_documents
+    from jaxlab.evaluation.perplexity import score_documents
+    from jaxlab.memory.read import MemoryReader
+    from jaxlab.memory.store import Bank
+    from jaxlab.training.load import load_model
+
+    model, documents = load_model(arguments.run), load_documents(arguments.data)
+    found = []
+    for url in (arguments.bank, arguments.out):
+        bank = Bank.open(url, identity=model.identity)
+        reader = MemoryReader.open(bank, model_embed=model.embed_texts)
+        scores = score_documents(model, documents, memory="on", reader=reader)
+        found.append(scores.bits_per_byte)
+    raw, quantized = found
+    return {"bpb_raw": raw, "bpb_quantized": quantized, "bpb_change": quantized - raw}

@@ -1,0 +1,284 @@
+"""Reading a memory bank: memories, texts, embeddings and sources by row, each where it lies.
+
+What a reader holds is bounded by its cache (:func:`jaxlab.memory.objects.default_context`) and by
+the number of arrays it keeps open, whatever the size of the bank.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Bool, Float32, Int, Int32, Shaped
+
+from jaxlab.errors import BankError
+from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
+from jaxlab.memory.header import CODEC_FILE, EMBEDDER_FILE, BankSpec, Header, Shard, StoredFile
+from jaxlab.memory.objects import read_object, reason
+from jaxlab.memory.quantize import Codec
+from jaxlab.memory.shards import REFERENCES, SOURCES, StoredReference, read_line
+from jaxlab.memory.verify import VerifyReport, verify_objects
+
+# An open array takes some 10 kB; to open one again costs the request of its zarr.json.
+_OPEN_ARRAYS = 4096
+_BLOCK_ROWS = 65536
+
+
+class StoredMemories(NamedTuple):
+    """Memories in the order asked for, and how many of their token slots are valid.
+
+    ``memories`` are as the bank stores them: keys and values, or their codes (uint8).
+    """
+
+    memories: Shaped[np.ndarray, "*ids Lm 2 K m stored"]
+    kept: Int32[np.ndarray, "*ids"]
+
+
+class BankReader:
+    """What can be read of a bank. Row numbers (ids) count over all shards from 0."""
+
+    def __init__(self, url: str, *, context: ts.Context, kvstore: Any, header: Header) -> None:
+        self.url = url
+        self._context, self._kvstore = context, kvstore
+        self._array = functools.lru_cache(_OPEN_ARRAYS)(self._open_array)
+        self._use(header)
+
+    @property
+    def spec(self) -> BankSpec:
+        """Shapes, dtype, identity and chunk grid of the bank."""
+        return self._header.spec
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards, in the order of their rows."""
+        return self._header.shards
+
+    @property
+    def rows(self) -> int:
+        """Row numbers in use: 0 to ``rows - 1``."""
+        return self._header.rows
+
+    @property
+    def next_number(self) -> int:
+        """What the name of the next shard begins with."""
+        return self._header.next_number
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the embeddings of every row: an index of others does not fit this bank."""
+        listed = [
+            (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
+            for shard in self.shards
+        ]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
+        """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
+
+        Raises BankError for an id past the end and for a shard that cannot be read.
+        """
+        ids = np.asarray(ids, np.int64)
+        rows, place = np.unique(ids, return_inverse=True)
+        memories = np.zeros((len(rows), *self.spec.stored_shape), self.spec.stored_dtype)
+        kept = np.zeros(len(rows), np.int32)
+        empty = int(np.searchsorted(rows, 0))
+        pending = []
+        for shard, inside, part in self._by_shard(rows[empty:]):
+            for name, out in ((self.spec.stored_name, memories), ("kept", kept)):
+                pending.append((shard, self._start(shard, name, inside), out[empty:][part]))
+        for shard, future, out in pending:
+            out[...] = self._finish(shard, future)
+        return StoredMemories(memories[place.reshape(ids.shape)], kept[place.reshape(ids.shape)])
+
+    def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
+        """The embeddings of all rows, in order, at once."""
+        return self._embeddings(0, self.rows)
+
+    def embedding_blocks(
+        self, rows: int = _BLOCK_ROWS
+    ) -> Iterator[tuple[int, Float32[np.ndarray, "n dim"]]]:
+        """All embeddings in blocks of ``rows``, each with the number of its first row."""
+        for start in range(0, self.rows, rows):
+            yield start, self._embeddings(start, min(start + rows, self.rows))
+
+    def reference(self, row: int) -> StoredReference:
+        """The text of one reference."""
+        return self.references([row])[0]
+
+    def references(self, ids: Iterable[int]) -> list[StoredReference]:
+        """The texts of references, read concurrently, each with one range request.
+
+        Raises BankError for an id that is not in the bank and for a damaged text.
+        """
+        ids = np.fromiter(ids, np.int64)
+        rows, place = np.unique(ids, return_inverse=True)
+        if len(rows) and rows[0] < 0:
+            raise self._no_such(int(rows[0]))
+        tables = [
+            (shard, self._start(shard, "lines", inside))
+            for shard, inside, _ in self._by_shard(rows)
+        ]
+        pending = []
+        for shard, future in tables:
+            for start, length, crc in self._finish(shard, future).tolist():
+                where = slice(start, start + length)
+                line = self._kvstore.read(shard.folder + REFERENCES, byte_range=where)
+                pending.append((shard, line, crc))
+        texts = [self._text(*each) for each in pending]
+        return [texts[where] for where in place]
+
+    def sources(self) -> dict[str, int]:
+        """How many references each source has."""
+        found: dict[str, int] = {}
+        for _, names, places in self._shard_sources():
+            for name, count in zip(names, np.bincount(places, minlength=len(names)), strict=True):
+                found[name] = found.get(name, 0) + int(count)
+        return {name: count for name, count in found.items() if count}
+
+    def rows_of(self, sources: Iterable[str]) -> Bool[np.ndarray, " rows"]:
+        """True at the rows of references of these sources."""
+        wanted, out = set(sources), np.zeros(self.rows, bool)
+        for shard, names, places in self._shard_sources():
+            chosen = np.array([name in wanted for name in names], bool)
+            out[shard.start : shard.start + shard.count] = chosen[places]
+        return out
+
+    def embedder(self, *, model_embed: ModelEmbed | None = None) -> Embedder:
+        """The embedder the bank was written with; raises BankError when its state is damaged."""
+        return open_embedder(
+            self.spec.embedder, state=self.embedder_state() or None, model_embed=model_embed
+        )
+
+    def embedder_state(self) -> bytes:
+        """What the embedder was fitted to; empty where its name says it all."""
+        record = self._header.embedder_file
+        return b"" if record is None else self._checked(EMBEDDER_FILE, record)
+
+    @functools.cached_property
+    def codec(self) -> Codec | None:
+        """What decodes the codes of a quantized bank; raises BankError when it is damaged."""
+        record = self._header.codec_file
+        if record is None:
+            return None
+        return Codec.from_bytes(self.spec.codec, self._checked(CODEC_FILE, record))
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, sizes and settings, ready to print or to store as JSON."""
+        sizes = [file.bytes for shard in self.shards for file in shard.files.values()]
+        return {
+            "url": self.url,
+            "references": len(self),
+            "shards": len(self.shards),
+            "bytes": sum(sizes),
+            "bytes_per_reference": self.spec.bytes_per_reference,
+            **asdict(self.spec),
+        }
+
+    def verify(self) -> VerifyReport:
+        """Read every object back and compare size and SHA-256; damage is reported, not raised."""
+        return verify_objects(self._kvstore, self._header)
+
+    def object_of(self, shard: Shard, path: str) -> bytes:
+        """One object of a shard as it lies there; raises BankError when it is damaged."""
+        content = self._finish_object(shard, self._kvstore.read(shard.folder + path), path)
+        if StoredFile.of(content) != shard.files[path]:
+            raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
+        return content
+
+    def _use(self, header: Header) -> None:
+        self._header = header
+        self._starts = np.array([shard.start for shard in header.shards], np.int64)
+
+    def _by_shard(
+        self, rows: Int[np.ndarray, " n"]
+    ) -> Iterator[tuple[Shard, Int[np.ndarray, " part"], slice]]:
+        """Shards of rising ``rows``: each with its rows, counted within it, and their places."""
+        if len(rows) and rows[-1] >= self.rows:
+            raise self._no_such(int(rows[-1]))
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(owner):
+            first, last = np.searchsorted(owner, [number, number + 1])
+            shard = self.shards[number]
+            yield shard, rows[first:last] - shard.start, slice(first, last)
+
+    def _embeddings(self, start: int, stop: int) -> Float32[np.ndarray, "n dim"]:
+        out = np.zeros((stop - start, self.spec.embedding_dim), np.float32)
+        pending = []
+        for shard in self.shards:
+            first, last = max(start, shard.start), min(stop, shard.start + shard.count)
+            if first < last:
+                inside = slice(first - shard.start, last - shard.start)
+                future = self._start(shard, "embeddings", inside)
+                pending.append((shard, future, out[first - start : last - start]))
+        for shard, future, part in pending:
+            part[...] = self._finish(shard, future)
+        return out
+
+    def _shard_sources(self) -> Iterator[tuple[Shard, list[str], Int32[np.ndarray, " n"]]]:
+        """For each shard the names of its sources and the place of each row's among them."""
+        pending = [(shard, self._start(shard, "source", slice(None))) for shard in self.shards]
+        for shard, places in pending:
+            names = json.loads(self.object_of(shard, SOURCES))
+            yield shard, names, self._finish(shard, places)
+
+    def _text(self, shard: Shard, line: Any, crc: int) -> StoredReference:
+        try:
+            return read_line(self._finish_object(shard, line, REFERENCES), crc)
+        except ValueError as error:
+            raise self._unreadable(shard, error) from error
+
+    def _checked(self, key: str, record: StoredFile) -> bytes:
+        """An object that the header lists by itself."""
+        found = read_object(self._kvstore, key, self.url)
+        if found.state == "missing" or StoredFile.of(found.value) != record:
+            raise BankError(
+                f"bank {self.url}: {key} is damaged or missing; restore it from a copy,"
+                " or write the bank again"
+            )
+        return found.value
+
+    def _open_array(self, folder: str, name: str) -> Any:
+        spec = {
+            "driver": "zarr3",
+            "recheck_cached_data": "open",  # shards never change
+            "fill_missing_data_reads": False,  # a lost file is an error, not zeros
+        }
+        base = self._kvstore / f"{folder}{name}/"
+        return ts.open(spec, kvstore=base, context=self._context).result()
+
+    def _start(self, shard: Shard, name: str, rows: Any) -> Any:
+        try:
+            return self._array(shard.folder, name)[rows].read()
+        except Exception as error:
+            raise self._unreadable(shard, error) from error
+
+    def _finish(self, shard: Shard, future: Any) -> Any:
+        try:
+            return future.result()
+        except Exception as error:
+            raise self._unreadable(shard, error) from error
+
+    def _finish_object(self, shard: Shard, future: Any, name: str) -> bytes:
+        found = self._finish(shard, future)
+        if found.state == "missing":
+            raise self._unreadable(shard, FileNotFoundError(f"{name} is missing"))
+        return found.value
+
+    def _no_such(self, row: int) -> BankError:
+        return BankError(f"bank {self.url} has {self.rows} references; there is no {row}")
+
+    def _unreadable(self, shard: Shard, error: Exception) -> BankError:
+        return BankError(
+            f"bank {self.url}: shard {shard.name} cannot be read ({reason(error)});"
+            " run `jaxlab memory verify` to see what is damaged"
+        )
+
+
+def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
+    return [(path, file.sha256) for path, file in shard.files.items() if path.startswith(prefix)]

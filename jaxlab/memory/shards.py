@@ -1,0 +1,111 @@
+"""A shard as bytes: its arrays in zarr3, its texts as lines of JSON with a table of the lines."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+REFERENCES = "references.jsonl"
+SOURCES = "sources.json"
+MEMORIES = ("memories", "codes")
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """One reference as text: where it came from and how many tokens it has.
+
+    ``ids`` are its tokens where they are known: a text that was cut between tokens need not give
+    the same ones again.
+    """
+
+    text: str
+    source: str
+    tokens: int
+    ids: tuple[int, ...] = ()
+
+    def to_line(self) -> bytes:
+        """One line of JSON."""
+        values = asdict(self)
+        if not self.ids:
+            del values["ids"]
+        # ASCII escapes: no text can then hold a line break or a lone surrogate.
+        return json.dumps(values).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "StoredReference":
+        """What :meth:`to_line` wrote."""
+        values = json.loads(line)
+        return cls(**{**values, "ids": tuple(values.get("ids", ()))})
+
+
+def encode_shard(
+    arrays: Mapping[str, np.ndarray], references: Sequence[StoredReference]
+) -> dict[str, bytes]:
+    """The objects of a shard as bytes, so that what is hashed is exactly what is written."""
+    lines = [reference.to_line() for reference in references]
+    sources = sorted({reference.source for reference in references})
+    places = {source: place for place, source in enumerate(sources)}
+    arrays = {
+        **arrays,
+        "lines": _line_table(lines),
+        "source": np.array([places[reference.source] for reference in references], np.int32),
+    }
+    objects = {}
+    for name, values in arrays.items():
+        objects |= encode_array(name, values)
+    return {**objects, REFERENCES: b"".join(lines), SOURCES: json.dumps(sources).encode()}
+
+
+def read_line(line: bytes, crc: int) -> StoredReference:
+    """A reference from its line; raises ValueError when its checksum is another."""
+    if zlib.crc32(line) != crc:
+        raise ValueError(f"{REFERENCES} is damaged: a line has another checksum")
+    return StoredReference.from_line(line)
+
+
+def _line_table(lines: Sequence[bytes]) -> np.ndarray:
+    """Start, length and CRC-32 of each line."""
+    lengths = np.array([len(line) for line in lines], np.uint64)
+    sums = np.array([zlib.crc32(line) for line in lines], np.uint64)
+    return np.stack([np.cumsum(lengths) - lengths, lengths, sums], axis=1)
+
+
+def encode_array(name: str, values: np.ndarray) -> dict[str, bytes]:
+    """The objects of one array, under its name."""
+    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
+    # One memory is one inner chunk; the small arrays are read whole.
+    inner = (1, *values.shape[1:]) if name in MEMORIES else values.shape
+    spec = _zarr_spec(values, inner=inner)
+    ts.open(spec, kvstore=scratch / f"{name}/", create=True).result().write(values).result()
+    return {key.decode(): scratch.read(key).result().value for key in scratch.list().result()}
+
+
+def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
+    sharding = {
+        "chunk_shape": list(inner),
+        # The checksum of each inner chunk: a memory with a flipped bit is not read.
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "index_codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+        "index_location": "end",
+    }
+    return {
+        "driver": "zarr3",
+        # Otherwise a memory of zeros is left out and sizes depend on the content.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": list(values.shape),
+            "data_type": values.dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(values.shape)},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }

@@ -27,6 +27,17 @@ _MEMORY3_0_9B = dict(
     remat="full",
 )
 
+# In the proportions of the larger ones, with their heads of 80: what a CPU can serve.
+_MEMORY3_60M = dict(
+    vocab_size=16384,
+    layers=16,
+    heads=8,
+    kv_heads=2,
+    head_dim=80,
+    ffn_width=1280,
+    memory_layers=8,
+)
+
 # IRE (arXiv 2405.20763) section 5: three Llama sizes over GPT-2's 50,257 tokens, padded to 50304.
 # The paper's 60M model is 410 wide with 10 heads; a head of 41 cannot be rotated in halves, so ours
 # has heads of 42.
@@ -62,6 +73,7 @@ _LLAMA_229M = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "memory3-2b": _MEMORY3_2B,
     "memory3-0.9b": _MEMORY3_0_9B,
+    "memory3-60m": _MEMORY3_60M,
     "llama-60m": _LLAMA_60M,
     "llama-119m": _LLAMA_119M,
     "llama-229m": _LLAMA_229M,

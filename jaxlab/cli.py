@@ -124,6 +124,8 @@ def _generate_command(commands) -> None:
     generate.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
     generate.add_argument("--bank", metavar="BANK", help="what to read; none: nothing")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
+    text = "read references as text before the prompt, not as memories: the baseline"
+    generate.add_argument("--augment", choices=("text",), help=text)
     generate.add_argument("--cite", action="store_true", help="print the references that were read")
     generate.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="(64)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest (0)")
@@ -253,6 +255,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         max_tokens=arguments.max_tokens,
         sampling=sampling,
         stop=arguments.stop,
+        memory=arguments.augment or "on",
         on_token=lambda _, text: print(text, end="", flush=True),
     )
     print()

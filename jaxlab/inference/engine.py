@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from jaxlab.errors import DataError, JaxlabError
+from jaxlab.inference.augment import augment, most_tokens
 from jaxlab.inference.batching import Batch
 from jaxlab.inference.programs import Programs, empty_state, serving_parameters
 from jaxlab.inference.requests import Citation, Event, Request, TokenLogprob
@@ -124,13 +125,21 @@ class Engine:
         """Tokens of the prompt; raises DataError when it and its answer do not fit."""
         tokens = len(self.model.tokenizer.encode(request.prompt))
         whole = 1 + tokens + request.max_tokens
+        if request.memory == "text":
+            self._require_reader()
+            whole += most_tokens(self.reader, self.model.tokenizer)
         if whole > self.context:
+            most = " at most" if request.memory == "text" else ""
             raise DataError(
                 f"the prompt has {tokens} tokens; with <s> and {request.max_tokens} to generate "
-                f"that is {whole}, the context holds {self.context}: shorten the prompt or ask for "
-                "fewer tokens"
+                f"that is {whole}{most}, the context holds {self.context}: shorten the prompt or "
+                "ask for fewer tokens"
             )
         return tokens
+
+    def _require_reader(self) -> None:
+        if self.reader is None:
+            raise DataError('memory is "text", but there is no bank to find references in')
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.
@@ -139,14 +148,19 @@ class Engine:
         request does not fit, and when the engine is closing.
         """
         self.check(request)
+        tokenizer, cited = self.model.tokenizer, ()
+        prompt = tokenizer.encode(request.prompt)
+        if request.memory == "text":
+            prompt, cited = augment(self.reader, tokenizer, prompt)
         sequence = Generated(
             request,
-            self.model.tokenizer.encode(request.prompt),
+            prompt,
             on_event,
-            self.model.tokenizer,
+            tokenizer,
             chunk=self.model.config.memory.chunk_length,
-            reads=self.reader is not None and request.memory != "off",
+            reads=self.reader is not None and request.memory in ("on", "shuffled"),
         )
+        sequence.cite(cited)
         with self._woken:
             if self._closing or self.failure is not None:
                 raise DataError("the engine takes no more requests: it is being closed")

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from jaxlab.errors import ConfigError
 from jaxlab.inference.sampling import Sampling
 
-MEMORY_MODES = ("on", "off", "shuffled")
+MEMORY_MODES = ("on", "off", "shuffled", "text")
 MOST_ALTERNATIVES = 20
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -27,16 +27,17 @@ class Citation:
 class Request:
     """A text to continue.
 
-    ``memory`` "shuffled" reads, for every reference found, another's memory (a control), and "off"
-    reads the preface alone. ``logprobs`` asks for the log-probability of each token said and for so
-    many of the likeliest tokens beside it. Raises ConfigError for values that mean nothing.
+    ``memory`` "shuffled" reads, for every reference found, another's memory (a control), "off"
+    reads the preface alone, and "text" reads references as text before the prompt (a baseline).
+    ``logprobs`` asks for the log-probability of each token said and for so many of the likeliest
+    tokens beside it. Raises ConfigError for values that mean nothing.
     """
 
     prompt: str
     max_tokens: int = 64
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
-    memory: Literal["on", "off", "shuffled"] = "on"
+    memory: Literal["on", "off", "shuffled", "text"] = "on"
     logprobs: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,67 @@
+"""Laws of references as text: the baseline reads what memory reads, as a longer prompt."""
+
+import dataclasses
+
+import pytest
+
+from jaxlab.errors import DataError
+from jaxlab.inference.augment import augment, most_tokens
+from jaxlab.inference.engine import Engine
+from jaxlab.inference.requests import Request
+from jaxlab.memory.read import MemoryReader
+from tests.inference.small import TEXTS, letters, small_bank, small_model
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    bank = small_bank(tmp_path_factory.mktemp("augment"))
+    return MemoryReader.open(bank, model_embed=letters)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The small model with room for references in its context."""
+    small = small_model()
+    longer = dataclasses.replace(small.config.model, max_context=128)
+    return dataclasses.replace(small, config=dataclasses.replace(small.config, model=longer))
+
+
+def test_the_prompt_stands_behind_what_its_end_retrieves_the_nearest_last(reader):
+    tokenizer = small_model().tokenizer
+    prompt = tokenizer.encode("ccccaahh")
+    tokens, cited = augment(reader, tokenizer, prompt)
+    hits = reader.search(["aahh"])
+    assert [one.reference for one in cited] == hits.ids[0].tolist()
+    assert [one.score for one in cited] == hits.scores[0].tolist()
+    near, far = (one.text for one in cited)
+    assert tokenizer.decode(tokens) == f"Reference:{far}\nReference:{near}\nccccaahh"
+    assert len(tokens) - len(prompt) <= most_tokens(reader, tokenizer)
+
+
+def test_it_is_generation_from_the_longer_prompt_without_memory(reader, model):
+    tokenizer = model.tokenizer
+    engine = Engine(model, reader, rows=2)
+    (found,) = engine.generate(["aahh"], max_tokens=7, memory="text")
+    tokens, cited = augment(reader, tokenizer, tokenizer.encode("aahh"))
+    (wanted,) = engine.generate([tokenizer.decode(tokens)], max_tokens=7, memory="off")
+    assert found.tokens == wanted.tokens and tuple(found.citations) == cited
+    (without,) = engine.generate(["aahh"], max_tokens=7, memory="off")
+    assert found.tokens != without.tokens
+
+
+def test_the_references_count_before_anything_is_searched(reader, model):
+    engine = Engine(model, reader, rows=1)
+    room = most_tokens(reader, model.tokenizer)
+    assert engine.check(Request("a" * 20, max_tokens=127 - 20 - room, memory="text")) == 20
+    with pytest.raises(DataError, match="129 at most, the context holds 128"):
+        engine.check(Request("a" * 20, max_tokens=128 - 20 - room, memory="text"))
+    with pytest.raises(DataError, match="no bank to find references in"):
+        Engine(model, rows=1).check(Request("a", max_tokens=1, memory="text"))
+
+
+def test_every_text_of_the_bank_fits(reader):
+    tokenizer = small_model().tokenizer
+    for text in TEXTS:
+        tokens, cited = augment(reader, tokenizer, tokenizer.encode(text))
+        assert len(tokens) <= len(text) + most_tokens(reader, tokenizer)
+        assert text in {one.text for one in cited}

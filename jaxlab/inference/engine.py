@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -64,6 +65,8 @@ class Engine:
     allows), ``<s>``, prompt and answer together. ``use_preface`` keeps preface and gap when there
     is no bank (Memory³ spec 10.6: "without memory" can mean that, or the plain language model).
 
+    ``like``, another engine of the same model, shares its weights and compiled programs.
+
     What a request is answered does not depend on what else is under way: shapes are fixed, and
     search and sampling go by the request alone.
     """
@@ -76,7 +79,7 @@ class Engine:
         use_preface: bool = False,
         rows: int = 8,
         context: int | None = None,
-        programs: Programs | None = None,
+        like: "Engine | None" = None,
     ):
         if reader is not None:
             model.require_memory()
@@ -93,12 +96,19 @@ class Engine:
         self._closing = False
         self._woken = threading.Condition()
         with_preface = reader is not None or use_preface
-        graphdef, params = serving_parameters(
-            model.graphdef, model.params, model.config.model.compute_dtype
-        )
-        self.programs = programs or Programs(graphdef, model.context_start if with_preface else 0)
+        self.programs, params = self._shared(like, with_preface)
         self._given = (params, model.preface if with_preface else None)
         self._batch = self._new_batch()
+
+    def _shared(self, like: "Engine | None", with_preface: bool) -> tuple[Programs, Any]:
+        start = self.model.context_start if with_preface else 0
+        if like is None:
+            model = self.model
+            dtype = model.config.model.compute_dtype
+            graphdef, params = serving_parameters(model.graphdef, model.params, dtype)
+            return Programs(graphdef, start), params
+        same = like.programs.start == start
+        return like.programs if same else Programs(like.programs.graphdef, start), like._given[0]
 
     def _new_batch(self) -> Batch:
         config, chunk = self.model.config, self.model.config.memory.chunk_length

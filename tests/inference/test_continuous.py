@@ -28,16 +28,16 @@ def bank(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def programs():
-    return Engine(small_model(), use_preface=True, rows=1).programs
+def first():
+    return Engine(small_model(), use_preface=True, rows=1)
 
 
 @pytest.fixture
-def engine_of(programs):
+def engine_of(first):
     engines = []
 
     def make(reader, *, rows=ROWS, running=False):
-        engine = Engine(small_model(), reader, use_preface=True, rows=rows, programs=programs)
+        engine = Engine(small_model(), reader, use_preface=True, rows=rows, like=first)
         engines.append(engine)
         if running:
             engine.start()

@@ -39,12 +39,13 @@ def bank(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine_of():
     """Engines that share their compiled programs: these depend on the model alone."""
-    programs = Engine(small_model(), use_preface=True).programs
+    first = Engine(small_model(), use_preface=True)
 
-    def make(reader, *, rows=3, programs=programs, **options):
-        return Engine(
-            small_model(), reader, use_preface=True, rows=rows, programs=programs, **options
-        )
+    def make(reader, *, rows=3, programs=None, **options):
+        made = Engine(small_model(), reader, use_preface=True, rows=rows, like=first, **options)
+        if programs is not None:
+            made._batch._programs = programs
+        return made
 
     return make
 

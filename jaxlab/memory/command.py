@@ -28,6 +28,8 @@ def add_commands(
     write.add_argument("--run", required=True, metavar="DIR", help=_RUN)
     write.add_argument("--data", required=True, metavar="SRC", help=source)
     write.add_argument("--limit-bytes", type=positive, metavar="N", help="read so much of SRC")
+    text = "store texts and embeddings only; each memory is encoded when it is first read"
+    write.add_argument("--cold", action="store_true", help=text)
     search = command(memory, "search", _search, "the references nearest to a text")
     search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
     search.add_argument("--top", type=positive, default=5, metavar="K", help="how many (5)")
@@ -62,7 +64,8 @@ def _write(arguments: argparse.Namespace) -> None:
     from jaxlab.training.load import load_model
 
     documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
-    written = write_bank(load_model(arguments.run), documents, arguments.bank)
+    model = load_model(arguments.run)
+    written = write_bank(model, documents, arguments.bank, cold=arguments.cold)
     reporter(print)(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
 
 
@@ -102,7 +105,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     for problem in found.problems:
         print(f"error: {problem}", file=sys.stderr)
     state = "whole" if found.ok else "damaged"
-    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references")
+    cold = f", {found.cold} of them cold" if found.cold else ""
+    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references{cold}")
     return 0 if found.ok else 1
 
 

@@ -129,12 +129,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """An immutable run of references: rows ``start`` to ``start + count - 1`` of the bank."""
+    """An immutable run of references: rows ``start`` to ``start + count - 1`` of the bank.
+
+    Memories of a ``cold`` one are objects of their own, not in ``files``, written when first read.
+    """
 
     name: str
     start: int
     count: int
     files: dict[str, StoredFile]
+    cold: bool = False
 
     @property
     def folder(self) -> str:

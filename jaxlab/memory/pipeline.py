@@ -34,6 +34,7 @@ from jaxlab.training.load import LoadedModel
 
 SHARD_REFERENCES = 1024
 _ENCODE_BATCH = 32
+_WARM_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +80,14 @@ def write_bank(
     *,
     embedder: Any = None,
     shard_references: int = SHARD_REFERENCES,
+    cold: bool = False,
     report: Callable[[str], None] = print,
 ) -> WriteReport:
     """Write the explicit memories of ``documents`` into the bank at ``url``; resumable.
 
     ``embedder`` is a fitted embedder to use; None makes the one that the configuration names,
-    fitted on these references. A bank that was begun goes on with its own.
+    fitted on these references. A bank that was begun goes on with its own. ``cold`` leaves the
+    memories to whoever reads them first; without it, those that are missing are encoded.
 
     Several processes write a shard each at a time, and process 0 puts them into the header.
 
@@ -108,7 +111,7 @@ def write_bank(
         # The name of the writer is in the header: all write under it, and process 0 commits.
         reopen = functools.partial(Bank.open, url, identity=model.identity)
         bank = leader_first(lambda: reopen(write=leads()))
-    encode = ReferenceEncoder(model)
+    encoder = functools.cache(functools.partial(ReferenceEncoder, model))
     processes, mine, guard = jax.process_count(), jax.process_index(), InterruptGuard()
     for start in range(begun, len(references), shard_references * processes):
         if guard.stops():
@@ -118,26 +121,69 @@ def write_bank(
         try:
             if mine < len(starts):
                 part = slice(starts[mine], min(starts[mine] + shard_references, len(references)))
-                shard = _store(bank, mine, encode, embedder, references, part, model)
+                given = references.tokens[part], references.lengths[part]
+                encoded = None if cold else encoder()(*given)
+                shard = _store(bank, mine, encoded, embedder, references, part)
         except BankError as error:
             problem = error
         raise_together(problem)
         told = exchange(shard.to_json() if shard else "")[: len(starts)]
         leader_first(functools.partial(bank.add, [Shard.from_json(text) for text in told]))
         report(f"bank {url}: {len(bank):,} of {len(references):,} references")
+    if not cold and len(bank.cold_rows()):
+        warm_bank(bank, reference_encoder(model, encoder()), report=report)
     return WriteReport(len(bank), begun, bank.stats()["bytes"])
 
 
-def _store(bank, ahead: int, encode, embedder, references: References, part: slice, model) -> Shard:
+def reference_encoder(
+    model: LoadedModel, encode: ReferenceEncoder | None = None
+) -> Callable[[Sequence[StoredReference]], np.ndarray]:
+    """What encodes references of a bank as :func:`write_bank` does, bit for bit."""
+    encode, length = encode or ReferenceEncoder(model), model.config.memory.reference_length
+
+    def run(references: Sequence[StoredReference]) -> np.ndarray:
+        tokens = np.full((len(references), length), model.tokenizer.pad_id, np.int32)
+        lengths = np.zeros(len(references), np.int32)
+        for row, reference in enumerate(references):
+            ids = (reference.ids or model.tokenizer.encode(reference.text))[:length]
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        return encode(tokens, lengths)
+
+    return run
+
+
+def warm_bank(
+    bank: Bank,
+    encode: Callable[[Sequence[StoredReference]], np.ndarray],
+    *,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Encode the references that have no memory yet, each process its share; their number."""
+    rows, problem = bank.cold_rows(), None
+    mine = rows[jax.process_index() :: jax.process_count()]
+    try:
+        for start in range(0, len(mine), _WARM_BATCH):
+            some = mine[start : start + _WARM_BATCH]
+            bank.warm(some, encode(bank.references(some)))
+            report(f"bank {bank.url}: {start + len(some):,} of {len(mine):,} memories")
+    except BankError as error:
+        problem = error
+    raise_together(problem)
+    return len(rows)
+
+
+def _store(bank, ahead: int, memories, embedder, references: References, part: slice) -> Shard:
     lengths = references.lengths[part]
-    texts, sources = references.texts[part], references.sources[part]
+    texts, sources, tokens = (
+        each[part] for each in (references.texts, references.sources, references.tokens)
+    )
     return bank.store(
-        encode(references.tokens[part], lengths),
-        np.minimum(lengths, model.config.memory.tokens_kept).astype(np.int32),
+        memories,
+        None,
         embedder.embed(texts),
         [
-            StoredReference(text=text, source=source, tokens=int(count))
-            for text, source, count in zip(texts, sources, lengths, strict=True)
+            StoredReference(text, source, int(count), tuple(ids[:count].tolist()))
+            for text, source, count, ids in zip(texts, sources, lengths, tokens, strict=True)
         ],
         number=bank.next_number + ahead,
         start=part.start,

@@ -8,30 +8,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.data.overlap import exceeds
+from jaxlab.errors import BankError
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
-from jaxlab.memory.store import Bank
+from jaxlab.memory.store import Bank, StoredMemories, StoredReference
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
 from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
+
+Encode = Callable[[Sequence[StoredReference]], np.ndarray]
 
 
 class MemoryReader:
     """Retrieval from one bank, and loading of what was retrieved.
 
     ``permutation`` is the control "shuffled": search as ever, but read the memory of the reference
-    at that place instead.
+    at that place instead. ``encode`` makes the memories of references that have none yet
+    (:func:`jaxlab.memory.pipeline.reference_encoder`); they are stored in the bank.
     """
 
-    def __init__(self, bank: Bank, retriever: Retriever, *, permutation: np.ndarray | None = None):
+    def __init__(
+        self,
+        bank: Bank,
+        retriever: Retriever,
+        *,
+        permutation: np.ndarray | None = None,
+        encode: Encode | None = None,
+    ):
+        self._encode = encode
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
         self._arrange = _arrangement(bank)
 
     @classmethod
-    def open(cls, bank: Bank, *, model_embed: Callable | None = None) -> "MemoryReader":
+    def open(
+        cls, bank: Bank, *, model_embed: Callable | None = None, encode: Encode | None = None
+    ) -> "MemoryReader":
         """Load the bank's embedder and index."""
         embedder = bank.embedder(model_embed=model_embed)
-        return cls(bank, Retriever(embedder, FlatIndex(bank.embeddings())))
+        return cls(bank, Retriever(embedder, FlatIndex(bank.embeddings())), encode=encode)
 
     def shuffled(self, *, seed: int) -> "MemoryReader":
         """The same bank with every reference's memory exchanged for another's."""
@@ -39,7 +53,7 @@ class MemoryReader:
         exchanged = np.empty_like(order)
         # One cycle through all references: nothing stays in its place (if there are two at all).
         exchanged[order] = np.roll(order, 1)
-        return MemoryReader(self.bank, self._retriever, permutation=exchanged)
+        return MemoryReader(self.bank, self._retriever, permutation=exchanged, encode=self._encode)
 
     def search(self, texts: Sequence[str], k: int | None = None) -> Hits:
         """The references nearest to each text, without any filter."""
@@ -84,10 +98,24 @@ class MemoryReader:
         # An empty bank has nothing to exchange, and every id is -1.
         if self._permutation is not None and len(self._permutation):
             ids = np.where(ids >= 0, self._permutation[np.maximum(ids, 0)], -1)
-        found = self.bank.read(ids)
+        found = self._read(ids)
         kept = self.bank.spec.memory_shape[3]
         valid = np.arange(kept) < found.kept[..., None]
         return self._arrange(jnp.asarray(found.memories), jnp.asarray(valid))
+
+    def _read(self, ids: np.ndarray) -> StoredMemories:
+        """What the bank has of these, once all of it is encoded."""
+        found = self.bank.read(ids)
+        if not found.cold.any():
+            return found
+        rows = np.unique(ids[found.cold])
+        if self._encode is None:
+            raise BankError(
+                f"bank {self.bank.url}: the memory of reference {rows[0]} has not been encoded yet;"
+                " read the bank with its model, or encode all with `jaxlab memory write`"
+            )
+        self.bank.warm(rows, self._encode(self.bank.references(rows)))
+        return self.bank.read(ids)
 
 
 def _arrangement(bank: Bank) -> Callable[..., Slots]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float32, Int, Int32, Shaped
 from jaxlab.errors import BankError
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
 from jaxlab.memory.header import CODEC_FILE, EMBEDDER_FILE, BankSpec, Header, Shard, StoredFile
-from jaxlab.memory.objects import read_object, reason
+from jaxlab.memory.objects import list_folders, read_object, reason
 from jaxlab.memory.quantize import Codec
-from jaxlab.memory.shards import REFERENCES, SOURCES, StoredReference, read_line
+from jaxlab.memory.shards import REFERENCES, SOURCES, StoredReference, lone_key, read_line
 from jaxlab.memory.verify import VerifyReport, verify_objects
 
 # An open array takes some 10 kB; to open one again costs the request of its zarr.json.
@@ -31,11 +31,13 @@ _BLOCK_ROWS = 65536
 class StoredMemories(NamedTuple):
     """Memories in the order asked for, and how many of their token slots are valid.
 
-    ``memories`` are as the bank stores them: keys and values, or their codes (uint8).
+    ``memories`` are as the bank stores them: keys and values, or their codes (uint8). ``cold`` is
+    True where the memory has not been encoded yet.
     """
 
     memories: Shaped[np.ndarray, "*ids Lm 2 K m stored"]
     kept: Int32[np.ndarray, "*ids"]
+    cold: Bool[np.ndarray, "*ids"]
 
 
 class BankReader:
@@ -86,15 +88,37 @@ class BankReader:
         ids = np.asarray(ids, np.int64)
         rows, place = np.unique(ids, return_inverse=True)
         memories = np.zeros((len(rows), *self.spec.stored_shape), self.spec.stored_dtype)
-        kept = np.zeros(len(rows), np.int32)
+        kept, cold = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
+        pending, lone = [], []
         empty = int(np.searchsorted(rows, 0))
-        pending = []
         for shard, inside, part in self._by_shard(rows[empty:]):
-            for name, out in ((self.spec.stored_name, memories), ("kept", kept)):
-                pending.append((shard, self._start(shard, name, inside), out[empty:][part]))
+            part = slice(empty + part.start, empty + part.stop)
+            pending.append((shard, self._start(shard, "kept", inside), kept[part]))
+            if not shard.cold:
+                stored = self._start(shard, self.spec.stored_name, inside)
+                pending.append((shard, stored, memories[part]))
+                continue
+            for row, at in zip(inside.tolist(), range(part.start, part.stop), strict=True):
+                lone.append((shard, row, self._start(shard, self.spec.stored_name, row), at))
         for shard, future, out in pending:
             out[...] = self._finish(shard, future)
-        return StoredMemories(memories[place.reshape(ids.shape)], kept[place.reshape(ids.shape)])
+        for shard, row, future, at in lone:
+            memory = self._finish_lone(shard, row, future)
+            if memory is None:
+                cold[at] = True
+            else:
+                memories[at] = memory
+        place = place.reshape(ids.shape)
+        return StoredMemories(memories[place], kept[place], cold[place])
+
+    def cold_rows(self) -> Int[np.ndarray, " n"]:
+        """The rows whose memories have not been encoded yet."""
+        found = [
+            shard.start + np.setdiff1d(np.arange(shard.count), self._encoded(shard))
+            for shard in self.shards
+            if shard.cold
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
         """The embeddings of all rows, in order, at once."""
@@ -111,7 +135,7 @@ class BankReader:
         """The text of one reference."""
         return self.references([row])[0]
 
-    def references(self, ids: Iterable[int]) -> list[StoredReference]:
+    def references(self, ids: Iterable[SupportsIndex]) -> list[StoredReference]:
         """The texts of references, read concurrently, each with one range request.
 
         Raises BankError for an id that is not in the bank and for a damaged text.
@@ -182,7 +206,19 @@ class BankReader:
 
     def verify(self) -> VerifyReport:
         """Read every object back and compare size and SHA-256; damage is reported, not raised."""
-        return verify_objects(self._kvstore, self._header)
+        return verify_objects(self._kvstore, self._header, self._check_lone)
+
+    def _check_lone(self, shard: Shard) -> tuple[int, list[tuple[str, str]]]:
+        """How many memories of a cold shard are encoded; key and trouble of each damaged one."""
+        rows = self._encoded(shard).tolist()
+        pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in rows]
+        damaged = []
+        for row, future in pending:
+            try:
+                self._finish_lone(shard, row, future)
+            except BankError:
+                damaged.append((self._lone_key(shard, row), "damaged: another checksum"))
+        return len(rows), damaged
 
     def object_of(self, shard: Shard, path: str) -> bytes:
         """One object of a shard as it lies there; raises BankError when it is damaged."""
@@ -190,6 +226,17 @@ class BankReader:
         if StoredFile.of(content) != shard.files[path]:
             raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
         return content
+
+    def _encoded(self, shard: Shard) -> Int[np.ndarray, " n"]:
+        """The rows, counted within a cold shard, whose memories are there."""
+        folder = f"{shard.folder}{self.spec.stored_name}/c/"
+        found = list_folders(self._kvstore, folder, url=self.url)
+        return np.array(sorted(map(int, found)), np.int64)
+
+    def _lone_key(self, shard: Shard, row: int) -> str:
+        """Where the memory of a row, counted within a cold shard, lies in the bank."""
+        name, axes = self.spec.stored_name, 1 + len(self.spec.stored_shape)
+        return shard.folder + lone_key(name, row, axes)
 
     def _use(self, header: Header) -> None:
         self._header = header
@@ -243,10 +290,12 @@ class BankReader:
             )
         return found.value
 
-    def _open_array(self, folder: str, name: str) -> Any:
+    def _open_array(self, folder: str, name: str, cold: bool) -> Any:
         spec = {
             "driver": "zarr3",
-            "recheck_cached_data": "open",  # shards never change
+            # Shards never change, but for memories that are encoded one by one.
+            "recheck_cached_data": True if cold else "open",
+            "recheck_cached_metadata": "open",
             "fill_missing_data_reads": False,  # a lost file is an error, not zeros
         }
         base = self._kvstore / f"{folder}{name}/"
@@ -254,7 +303,8 @@ class BankReader:
 
     def _start(self, shard: Shard, name: str, rows: Any) -> Any:
         try:
-            return self._array(shard.folder, name)[rows].read()
+            cold = shard.cold and name == self.spec.stored_name
+            return self._array(shard.folder, name, cold)[rows].read()
         except Exception as error:
             raise self._unreadable(shard, error) from error
 
@@ -262,6 +312,15 @@ class BankReader:
         try:
             return future.result()
         except Exception as error:
+            raise self._unreadable(shard, error) from error
+
+    def _finish_lone(self, shard: Shard, row: int, future: Any) -> np.ndarray | None:
+        """A memory of a cold shard; None when it has not been encoded."""
+        try:
+            return future.result()
+        except Exception as error:
+            if read_object(self._kvstore, self._lone_key(shard, row), self.url).state == "missing":
+                return None
             raise self._unreadable(shard, error) from error
 
     def _finish_object(self, shard: Shard, future: Any, name: str) -> bytes:

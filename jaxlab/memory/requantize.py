@@ -60,6 +60,11 @@ def quantize_bank(
             f"codec {codec!r} is for vectors of {Rate(codec).dim} numbers, bank {source.url} has"
             f" {source.spec.memory_shape[-1]}: choose one whose OPQm_d has that d"
         )
+    if len(source.cold_rows()):
+        raise BankError(
+            f"bank {source.url}: {len(source.cold_rows()):,} references have no memory yet; encode"
+            " them with `jaxlab memory write` and the same --data first"
+        )
     if bank_exists(url):
         made = Bank.open(url)
         _require_begun_from(source, made, codec)

@@ -76,25 +76,50 @@ def _line_table(lines: Sequence[bytes]) -> np.ndarray:
 
 def encode_array(name: str, values: np.ndarray) -> dict[str, bytes]:
     """The objects of one array, under its name."""
-    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
     # One memory is one inner chunk; the small arrays are read whole.
     inner = (1, *values.shape[1:]) if name in MEMORIES else values.shape
-    spec = _zarr_spec(values, inner=inner)
-    ts.open(spec, kvstore=scratch / f"{name}/", create=True).result().write(values).result()
+    sharding = {"chunk_shape": list(inner), "codecs": _CODECS, "index_codecs": _CODECS}
+    sharding["index_location"] = "end"
+    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    return _encode(name, values, _zarr_spec(values, values.shape, codecs))
+
+
+def encode_cold(name: str, memories: np.ndarray, cold: np.ndarray) -> dict[str, bytes]:
+    """The objects of an array whose memories lie each alone, those that are not ``cold``."""
+    spec = _zarr_spec(memories, (1, *memories.shape[1:]), _CODECS)
+    objects = _encode(name, None, spec)
+    for row in np.flatnonzero(~cold):
+        objects[lone_key(name, row, memories.ndim)] = encode_lone(memories[row])
+    return objects
+
+
+def encode_lone(memory: np.ndarray) -> bytes:
+    """One memory of a cold shard."""
+    values = np.ascontiguousarray(memory)[None]
+    objects = _encode("one", values, _zarr_spec(values, values.shape, _CODECS))
+    return objects[lone_key("one", 0, values.ndim)]
+
+
+def lone_key(name: str, row: int, axes: int) -> str:
+    """Where the memory of a row lies in a cold shard."""
+    return "/".join([name, "c", str(row), *"0" * (axes - 1)])
+
+
+# The checksum of each memory: one with a flipped bit is not read.
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def _encode(name: str, values: np.ndarray | None, spec: dict[str, Any]) -> dict[str, bytes]:
+    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
+    array = ts.open(spec, kvstore=scratch / f"{name}/", create=True).result()
+    if values is not None:
+        array.write(values).result()
     return {key.decode(): scratch.read(key).result().value for key in scratch.list().result()}
 
 
-def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
-    sharding = {
-        "chunk_shape": list(inner),
-        # The checksum of each inner chunk: a memory with a flipped bit is not read.
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "index_codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "crc32c"},
-        ],
-        "index_location": "end",
-    }
+def _zarr_spec(
+    values: np.ndarray, chunk: Sequence[int], codecs: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         # Otherwise a memory of zeros is left out and sizes depend on the content.
@@ -102,10 +127,7 @@ def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
         "metadata": {
             "shape": list(values.shape),
             "data_type": values.dtype.name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": list(values.shape)},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            "codecs": codecs,
         },
     }

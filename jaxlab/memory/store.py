@@ -17,7 +17,8 @@ Layout, every object written through TensorStore::
 
 A shard is written once, by one ``append``, and exists from the moment the header lists it. One
 memory is one inner chunk of the zarr3 shard, with a checksum: it is read with one range request,
-and a damaged one is an error. Whoever opened the bank for writing last is its writer; a former one
+and a damaged one is an error. In a cold shard the memories are objects of their own, each written
+when it is first read. Whoever opened the bank for writing last is its writer; a former one
 can add nothing more. Any number of readers, each of which sees the bank as it was when opened.
 """
 
@@ -26,11 +27,12 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.header import (
@@ -52,7 +54,13 @@ from jaxlab.memory.objects import (
     write_object,
 )
 from jaxlab.memory.reading import BankReader, StoredMemories
-from jaxlab.memory.shards import StoredReference, encode_array, encode_shard
+from jaxlab.memory.shards import (
+    StoredReference,
+    encode_array,
+    encode_cold,
+    encode_lone,
+    encode_shard,
+)
 from jaxlab.memory.verify import VerifyReport
 
 __all__ = [
@@ -179,24 +187,69 @@ class Bank(BankReader):
         self.add([shard])
         return range(shard.start, shard.start + shard.count)
 
+    def append_cold(
+        self, embeddings: Float[np.ndarray, "n dim"], references: Sequence[StoredReference]
+    ) -> range:
+        """As :meth:`append`, of references whose memories are encoded when they are first read."""
+        self._require_writable()
+        number, start = self.next_number, self.rows
+        self.add([self.store(None, None, embeddings, references, number=number, start=start)])
+        return range(start, self.rows)
+
     def store(
         self,
-        memories: Shaped[np.ndarray, "n Lm 2 K m H"],
-        kept: Int[np.ndarray, " n"],
+        memories: Shaped[np.ndarray, "n Lm 2 K m H"] | None,
+        kept: Int[np.ndarray, " n"] | None,
         embeddings: Float[np.ndarray, "n dim"],
         references: Sequence[StoredReference],
         *,
         number: int,
         start: int,
+        cold: Bool[np.ndarray, " n"] | None = None,
     ) -> Shard:
         """Write the objects of a shard, which is in the bank once its writer adds it.
 
-        Several processes store shards of one bank at once, each its own ``number``. Raises as
-        :meth:`append` does.
+        None for ``memories`` makes a cold shard, and so does ``cold``: it says which of them are
+        not encoded. None for ``kept``: every token, as many as a memory has. Several processes
+        store shards of one bank at once, each its own ``number``. Raises as :meth:`append` does.
         """
+        spec, count = self.spec, len(references)
+        if kept is None:
+            tokens = [reference.tokens for reference in references]
+            kept = np.minimum(np.array(tokens, np.int32), spec.memory_shape[3])
+        if memories is None:
+            cold = np.ones(count, bool)
+            memories = np.broadcast_to(spec.stored_dtype.type(0), (count, *spec.stored_shape))
         arrays = self._check(memories, kept, embeddings, references)
-        objects = encode_shard(arrays, references)
-        return self._put(objects, number=number, start=start, count=len(references))
+        if cold is None:
+            return self._put(encode_shard(arrays, references), number, start, count)
+        lone = encode_cold(spec.stored_name, arrays.pop(spec.stored_name), cold)
+        return self._put(
+            encode_shard(arrays, references), number, start, count, cold=True, lone=lone
+        )
+
+    def warm(
+        self, rows: Int[np.ndarray, " n"], memories: Shaped[np.ndarray, "n Lm 2 K m stored"]
+    ) -> None:
+        """Store the memories of cold references, each at once or not at all.
+
+        For readers, too, and for several at once: model and text decide what is stored. Rows that
+        lie in no cold shard are left as they are.
+        """
+        stored = self._as_stored(np.asarray(memories))
+        wanted = (len(rows), *self.spec.stored_shape)
+        if stored.shape != wanted or stored.dtype != self.spec.stored_dtype:
+            raise BankError(
+                f"warm {self.url}: memories are {stored.dtype} of shape {stored.shape}, expected"
+                f" {self.spec.stored_dtype} of shape {wanted}"
+            )
+        order = np.argsort(rows, kind="stable")
+        for shard, inside, part in self._by_shard(np.asarray(rows, np.int64)[order]):
+            if not shard.cold:
+                continue
+            for row, place in zip(inside.tolist(), order[part], strict=True):
+                content = encode_lone(stored[place])
+                write_object(self._kvstore, self._lone_key(shard, row), content, url=self.url)
 
     def store_copy(
         self,
@@ -209,7 +262,7 @@ class Bank(BankReader):
         same = {path for path in shard.files if not path.startswith(old)}
         objects = {path: source.object_of(shard, path) for path in same}
         objects |= encode_array(new, self._as_stored(memories))
-        return self._put(objects, number=self.next_number, start=shard.start, count=shard.count)
+        return self._put(objects, self.next_number, shard.start, shard.count)
 
     def add(self, shards: Sequence[Shard]) -> None:
         """List stored shards in the header: its writer commits it, others only take note.
@@ -224,13 +277,23 @@ class Bank(BankReader):
         else:
             self._commit(header)
 
-    def _put(self, objects: Mapping[str, bytes], *, number: int, start: int, count: int) -> Shard:
-        """Write the objects of a shard, or none of them."""
-        files = {path: StoredFile.of(content) for path, content in objects.items()}
+    def _put(
+        self,
+        objects: Mapping[str, bytes],
+        number: int,
+        start: int,
+        count: int,
+        *,
+        cold: bool = False,
+        lone: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Shard:
+        """Write the objects of a shard, or none; of ``lone`` no memory is listed in the header."""
+        listed = {**objects, **{path: each for path, each in lone.items() if "/c/" not in path}}
+        files = {path: StoredFile.of(content) for path, content in listed.items()}
         name = f"{number:06d}-{self._header.writer}"
-        shard = Shard(name=name, start=start, count=count, files=files)
+        shard = Shard(name=name, start=start, count=count, files=files, cold=cold)
         try:
-            for path, content in objects.items():
+            for path, content in {**objects, **lone}.items():
                 write_object(self._kvstore, shard.folder + path, content, url=self.url)
         except BaseException:
             with contextlib.suppress(BankError):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxlab.errors import ConfigError
+from jaxlab.errors import BankError, ConfigError
 from jaxlab.tools.output import one_line, write_json
 
 _RUN = "a run, or RUN@STAGE"
@@ -43,7 +43,20 @@ def add_commands(
         "a copy of a bank with codes of a few bytes a vector; resumable",
     )
     _quantize_arguments(quantize, positive, source)
-    for each in (write, search, stats, verify, quantize):
+    text = "add references that the bank does not have yet"
+    append = command(memory, "append", _append, text)
+    append.add_argument("--run", required=True, metavar="DIR", help=_RUN)
+    append.add_argument("--data", required=True, metavar="SRC", help=source)
+    delete = command(memory, "delete", _delete, "delete references")
+    delete.add_argument("--rows", type=_rows, default=(), metavar="1,2,...", help="by row")
+    delete.add_argument(
+        "--source", nargs="+", action="extend", default=[], metavar="S", help="all of"
+    )
+    text = "give back the room of deleted references and merge small shards; numbers rows anew"
+    compact = command(memory, "compact", _compact, text)
+    repair = command(memory, "repair", _repair, "make damaged shards again, or set them aside")
+    repair.add_argument("--run", metavar="DIR", help=f"to encode damaged memories again: {_RUN}")
+    for each in (write, search, stats, verify, quantize, append, delete, compact, repair):
         each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
 
 
@@ -55,6 +68,13 @@ def _quantize_arguments(quantize, positive: Callable[[str], int], source: str) -
     quantize.add_argument("--report", metavar="FILE.json", help="what the codec loses")
     quantize.add_argument("--run", metavar="DIR", help=f"for bits per byte in the report: {_RUN}")
     quantize.add_argument("--data", metavar="SRC", help=f"and what to score: {source}")
+
+
+def _rows(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no row numbers, such as 1,2") from None
 
 
 def _write(arguments: argparse.Namespace) -> None:
@@ -128,6 +148,58 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.report:
         write_json(arguments.report, result)
     print(json.dumps(result))
+
+
+def _append(arguments: argparse.Namespace) -> None:
+    from jaxlab.data.sources import load_documents
+    from jaxlab.memory.pipeline import append_to_bank
+    from jaxlab.training.load import load_model
+
+    documents = load_documents(arguments.data)
+    added = append_to_bank(load_model(arguments.run), documents, arguments.bank)
+    print(json.dumps({"bank": arguments.bank, "added": added}))
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    if not arguments.rows and not arguments.source:
+        raise ConfigError("nothing to delete: give --rows or --source")
+    from jaxlab.memory.store import Bank
+
+    bank = Bank.open(arguments.bank, write=True)
+    unknown = set(arguments.source) - bank.sources().keys()
+    if unknown:
+        raise BankError(
+            f"bank {arguments.bank} has no references of {min(unknown)}; nothing was deleted"
+        )
+    gone = bank.delete(rows=arguments.rows, sources=arguments.source)
+    print(json.dumps({"bank": arguments.bank, "deleted": gone, "references": len(bank)}))
+
+
+def _compact(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.store import Bank
+
+    bank = Bank.open(arguments.bank, write=True)
+    written = bank.compact()
+    result = {"shards_written": written, "shards": len(bank.shards), "references": len(bank)}
+    print(json.dumps({"bank": arguments.bank, **result}))
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from jaxlab.memory.store import Bank
+
+    given, identity = {}, None
+    if arguments.run is not None:
+        from jaxlab.memory.pipeline import reference_encoder
+        from jaxlab.training.load import load_model
+
+        model = load_model(arguments.run)
+        identity = model.identity
+        given = {"encode": reference_encoder(model), "model_embed": model.embed_texts}
+    done = Bank.open(arguments.bank, identity=identity, write=True).repair(**given)
+    for line in (*(f"lost: {each}" for each in done.lost), *done.problems):
+        print(f"error: {line}", file=sys.stderr)
+    print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(done)}))
+    return 1 if done.lost or done.problems else 0
 
 
 def _bits_per_byte(arguments: argparse.Namespace) -> dict[str, float]:

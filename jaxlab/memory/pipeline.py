@@ -16,7 +16,7 @@ from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
 from jaxlab.memory.header import BankSpec, Shard
-from jaxlab.memory.store import Bank, StoredReference, bank_exists
+from jaxlab.memory.store import SHARD_REFERENCES, Bank, StoredReference, bank_exists
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
 from jaxlab.sharding.processes import (
@@ -32,7 +32,6 @@ from jaxlab.training.corpus import fit_embedder
 from jaxlab.training.guards import InterruptGuard
 from jaxlab.training.load import LoadedModel
 
-SHARD_REFERENCES = 1024
 _ENCODE_BATCH = 32
 _WARM_BATCH = 256
 
@@ -105,7 +104,7 @@ def write_bank(
     bank, embedder = leader_first(
         functools.partial(_open_or_create, model, references, url, embedder)
     )
-    begun = len(bank)
+    begun = bank.rows
     _check_same_references(bank, references, url)
     if begun < len(references):
         # The name of the writer is in the header: all write under it, and process 0 commits.
@@ -115,7 +114,7 @@ def write_bank(
     processes, mine, guard = jax.process_count(), jax.process_index(), InterruptGuard()
     for start in range(begun, len(references), shard_references * processes):
         if guard.stops():
-            raise Preempted(f"bank {url}: {len(bank):,} of {len(references):,} references kept")
+            raise Preempted(f"bank {url}: {bank.rows:,} of {len(references):,} references kept")
         starts = range(start, len(references), shard_references)[:processes]
         shard = problem = None
         try:
@@ -129,7 +128,7 @@ def write_bank(
         raise_together(problem)
         told = exchange(shard.to_json() if shard else "")[: len(starts)]
         leader_first(functools.partial(bank.add, [Shard.from_json(text) for text in told]))
-        report(f"bank {url}: {len(bank):,} of {len(references):,} references")
+        report(f"bank {url}: {bank.rows:,} of {len(references):,} references")
     if not cold and len(bank.cold_rows()):
         warm_bank(bank, reference_encoder(model, encoder()), report=report)
     return WriteReport(len(bank), begun, bank.stats()["bytes"])
@@ -172,19 +171,56 @@ def warm_bank(
     return len(rows)
 
 
+def append_to_bank(
+    model: LoadedModel,
+    documents: Sequence[Document],
+    url: str,
+    *,
+    shard_references: int = SHARD_REFERENCES,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Add those references of ``documents`` that the bank does not have; their number.
+
+    One that was killed adds the rest when it is repeated. The bank's embedder stays as it was
+    fitted. Raises BankError when there is no bank, or it is another model's.
+    """
+    model.require_memory()
+    length = model.config.memory.reference_length
+    references = References.build(documents, model.tokenizer, length=length)
+    bank = Bank.open(url, identity=model.identity, write=True)
+    embedder = bank.embedder(model_embed=model.embed_texts)
+    stored = [_stored(references, row) for row in range(len(references))]
+    new = np.flatnonzero(~bank.has(stored))
+    encode = ReferenceEncoder(model) if len(new) else None
+    for start in range(0, len(new), shard_references):
+        rows = new[start : start + shard_references]
+        memories = encode(references.tokens[rows], references.lengths[rows])
+        some = [stored[row] for row in rows]
+        shard = bank.store(
+            memories,
+            None,
+            embedder.embed([each.text for each in some]),
+            some,
+            number=bank.next_number,
+            start=bank.rows,
+        )
+        bank.add([shard])
+        report(f"bank {url}: {start + len(rows):,} of {len(new):,} references")
+    return len(new)
+
+
+def _stored(references: References, row: int) -> StoredReference:
+    count = int(references.lengths[row])
+    ids = tuple(references.tokens[row, :count].tolist())
+    return StoredReference(references.texts[row], references.sources[row], count, ids)
+
+
 def _store(bank, ahead: int, memories, embedder, references: References, part: slice) -> Shard:
-    lengths = references.lengths[part]
-    texts, sources, tokens = (
-        each[part] for each in (references.texts, references.sources, references.tokens)
-    )
     return bank.store(
         memories,
         None,
-        embedder.embed(texts),
-        [
-            StoredReference(text, source, int(count), tuple(ids[:count].tolist()))
-            for text, source, count, ids in zip(texts, sources, lengths, tokens, strict=True)
-        ],
+        embedder.embed(references.texts[part]),
+        [_stored(references, row) for row in range(part.start, part.stop)],
         number=bank.next_number + ahead,
         start=part.start,
     )
@@ -223,8 +259,9 @@ def _open_or_create(model: LoadedModel, references: References, url: str, embedd
 
 def _check_same_references(bank: Bank, references: References, url: str) -> None:
     """A bank that was begun holds the first of these references, or it is another corpus."""
-    begun = len(bank)
-    ids = sorted({0, begun // 2, begun - 1}) if begun else []
+    alive = bank.alive()
+    rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    ids = sorted({int(rows[at]) for at in (0, len(rows) // 2, -1)}) if len(rows) else []
     for row, stored in zip(ids, bank.references(ids), strict=True):
         if row >= len(references) or stored.text != references.texts[row]:
             raise BankError(

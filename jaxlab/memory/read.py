@@ -49,15 +49,21 @@ class MemoryReader:
 
     def shuffled(self, *, seed: int) -> "MemoryReader":
         """The same bank with every reference's memory exchanged for another's."""
-        order = np.random.default_rng(seed).permutation(len(self.bank))
-        exchanged = np.empty_like(order)
+        alive = self.bank.alive()
+        living = np.arange(self.bank.rows) if alive is None else np.flatnonzero(alive)
+        order = np.random.default_rng(seed).permutation(living)
+        exchanged = np.arange(self.bank.rows)
         # One cycle through all references: nothing stays in its place (if there are two at all).
         exchanged[order] = np.roll(order, 1)
         return MemoryReader(self.bank, self._retriever, permutation=exchanged, encode=self._encode)
 
     def search(self, texts: Sequence[str], k: int | None = None) -> Hits:
-        """The references nearest to each text, without any filter."""
-        return self._retriever.search(list(texts), k or self.per_chunk)
+        """The references nearest to each text, of those that were not deleted."""
+        k, alive = k or self.per_chunk, self.bank.alive()
+        if alive is None:
+            return self._retriever.search(list(texts), k)
+        hits = self._retriever.search(list(texts), k + int((~alive).sum()))
+        return _allowed(hits, alive, k)
 
     def search_filtered(
         self,
@@ -116,6 +122,14 @@ class MemoryReader:
             )
         self.bank.warm(rows, self._encode(self.bank.references(rows)))
         return self.bank.read(ids)
+
+
+def _allowed(hits: Hits, allowed: np.ndarray, k: int) -> Hits:
+    """The first ``k`` hits whose rows are allowed, in their order."""
+    kept = (hits.ids >= 0) & allowed[hits.ids]
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+    ids, scores, kept = (np.take_along_axis(each, order, 1) for each in (*hits, kept))
+    return Hits(np.where(kept, ids, -1), np.where(kept, scores, np.float32(-np.inf)))
 
 
 def _arrangement(bank: Bank) -> Callable[..., Slots]:

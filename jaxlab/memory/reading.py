@@ -17,10 +17,25 @@ from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
-from jaxlab.memory.header import CODEC_FILE, EMBEDDER_FILE, BankSpec, Header, Shard, StoredFile
+from jaxlab.memory.header import (
+    CODEC_FILE,
+    EMBEDDER_FILE,
+    BankSpec,
+    Header,
+    LostShard,
+    Shard,
+    StoredFile,
+)
 from jaxlab.memory.objects import list_folders, read_object, reason
 from jaxlab.memory.quantize import Codec
-from jaxlab.memory.shards import REFERENCES, SOURCES, StoredReference, lone_key, read_line
+from jaxlab.memory.shards import (
+    REFERENCES,
+    SOURCES,
+    StoredReference,
+    line_table,
+    lone_key,
+    read_line,
+)
 from jaxlab.memory.verify import VerifyReport, verify_objects
 
 # An open array takes some 10 kB; to open one again costs the request of its zarr.json.
@@ -61,7 +76,7 @@ class BankReader:
 
     @property
     def rows(self) -> int:
-        """Row numbers in use: 0 to ``rows - 1``."""
+        """Row numbers in use, 0 to ``rows - 1``; those of deleted references stay as they are."""
         return self._header.rows
 
     @property
@@ -70,7 +85,24 @@ class BankReader:
         return self._header.next_number
 
     def __len__(self) -> int:
-        return self.rows
+        """Living references."""
+        alive = self.alive()
+        return self.rows if alive is None else int(alive.sum())
+
+    def alive(self) -> Bool[np.ndarray, " rows"] | None:
+        """False at deleted rows; None when every row lives. Raises BankError when not known."""
+        if isinstance(self._alive, BankError):
+            raise self._alive
+        return self._alive
+
+    @property
+    def lost(self) -> tuple[LostShard, ...]:
+        """Shards that :meth:`repair` set aside; their rows count as deleted."""
+        return self._header.lost
+
+    def lacks_the_same(self, other: "BankReader") -> bool:
+        """Whether the same rows were deleted or lost as in another bank."""
+        return _living(self._header) == _living(other._header)
 
     def fingerprint(self) -> str:
         """SHA-256 over the embeddings of every row: an index of others does not fit this bank."""
@@ -78,14 +110,21 @@ class BankReader:
             (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
             for shard in self.shards
         ]
+        listed += [(each.start, each.count) for each in self.lost]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
 
-        Raises BankError for an id past the end and for a shard that cannot be read.
+        Raises BankError for an id past the end, for a deleted reference and for a shard that cannot
+        be read.
         """
         ids = np.asarray(ids, np.int64)
+        self._require_living(ids[ids >= 0])
+        return self.read_any(ids)
+
+    def read_any(self, ids: Int[np.ndarray, "*ids"]) -> StoredMemories:
+        """As :meth:`read`, of deleted references, too."""
         rows, place = np.unique(ids, return_inverse=True)
         memories = np.zeros((len(rows), *self.spec.stored_shape), self.spec.stored_dtype)
         kept, cold = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
@@ -112,16 +151,16 @@ class BankReader:
         return StoredMemories(memories[place], kept[place], cold[place])
 
     def cold_rows(self) -> Int[np.ndarray, " n"]:
-        """The rows whose memories have not been encoded yet."""
-        found = [
-            shard.start + np.setdiff1d(np.arange(shard.count), self._encoded(shard))
-            for shard in self.shards
-            if shard.cold
-        ]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        """The living rows whose memories have not been encoded yet."""
+        alive, out = self.alive(), np.zeros(self.rows, bool)
+        for shard in self.shards:
+            if shard.cold:
+                out[shard.start : shard.start + shard.count] = True
+                out[shard.start + self.encoded(shard)] = False
+        return np.flatnonzero(out if alive is None else out & alive)
 
     def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
-        """The embeddings of all rows, in order, at once."""
+        """The embeddings of all rows, in order, at once: deleted ones as well, zeros for lost."""
         return self._embeddings(0, self.rows)
 
     def embedding_blocks(
@@ -138,12 +177,10 @@ class BankReader:
     def references(self, ids: Iterable[SupportsIndex]) -> list[StoredReference]:
         """The texts of references, read concurrently, each with one range request.
 
-        Raises BankError for an id that is not in the bank and for a damaged text.
+        Raises BankError for an id that is not in the bank, or was deleted, and for a damaged text.
         """
-        ids = np.fromiter(ids, np.int64)
-        rows, place = np.unique(ids, return_inverse=True)
-        if len(rows) and rows[0] < 0:
-            raise self._no_such(int(rows[0]))
+        rows, place = np.unique(np.fromiter(ids, np.int64), return_inverse=True)
+        self._require_living(rows)
         tables = [
             (shard, self._start(shard, "lines", inside))
             for shard, inside, _ in self._by_shard(rows)
@@ -157,16 +194,35 @@ class BankReader:
         texts = [self._text(*each) for each in pending]
         return [texts[where] for where in place]
 
+    def has(self, references: Sequence[StoredReference]) -> Bool[np.ndarray, " n"]:
+        """Whether the bank holds each reference, alive; texts are read only where sums agree."""
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for place, (_, length, crc) in enumerate(line_table(references).tolist()):
+            wanted.setdefault((length, crc), []).append(place)
+        alive, found = self.alive(), np.zeros(len(references), bool)
+        for shard in self.shards:
+            table = self.array_of(shard, "lines").tolist()
+            rows = [row for row, (_, *mark) in enumerate(table) if tuple(mark) in wanted]
+            rows = [shard.start + row for row in rows]
+            rows = rows if alive is None else [row for row in rows if alive[row]]
+            for row, stored in zip(rows, self.references(rows), strict=True):
+                for place in wanted[tuple(table[row - shard.start][1:])]:
+                    found[place] |= references[place] == stored
+        return found
+
     def sources(self) -> dict[str, int]:
-        """How many references each source has."""
+        """How many living references each source has."""
         found: dict[str, int] = {}
-        for _, names, places in self._shard_sources():
+        alive = self.alive()
+        for shard, names, places in self._shard_sources():
+            if alive is not None:
+                places = places[alive[shard.start : shard.start + shard.count]]
             for name, count in zip(names, np.bincount(places, minlength=len(names)), strict=True):
                 found[name] = found.get(name, 0) + int(count)
         return {name: count for name, count in found.items() if count}
 
     def rows_of(self, sources: Iterable[str]) -> Bool[np.ndarray, " rows"]:
-        """True at the rows of references of these sources."""
+        """True at the rows of references of these sources, deleted ones among them."""
         wanted, out = set(sources), np.zeros(self.rows, bool)
         for shard, names, places in self._shard_sources():
             chosen = np.array([name in wanted for name in names], bool)
@@ -198,6 +254,9 @@ class BankReader:
         return {
             "url": self.url,
             "references": len(self),
+            "rows": self.rows,
+            "cold": len(self.cold_rows()),
+            "lost_shards": len(self.lost),
             "shards": len(self.shards),
             "bytes": sum(sizes),
             "bytes_per_reference": self.spec.bytes_per_reference,
@@ -206,11 +265,11 @@ class BankReader:
 
     def verify(self) -> VerifyReport:
         """Read every object back and compare size and SHA-256; damage is reported, not raised."""
-        return verify_objects(self._kvstore, self._header, self._check_lone)
+        return verify_objects(self._kvstore, self._header, self.check_lone)
 
-    def _check_lone(self, shard: Shard) -> tuple[int, list[tuple[str, str]]]:
+    def check_lone(self, shard: Shard) -> tuple[int, list[tuple[str, str]]]:
         """How many memories of a cold shard are encoded; key and trouble of each damaged one."""
-        rows = self._encoded(shard).tolist()
+        rows = self.encoded(shard).tolist()
         pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in rows]
         damaged = []
         for row, future in pending:
@@ -227,7 +286,26 @@ class BankReader:
             raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
         return content
 
-    def _encoded(self, shard: Shard) -> Int[np.ndarray, " n"]:
+    def embeddings_of(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n dim"]:
+        """Embeddings of rising rows."""
+        out = np.zeros((len(rows), self.spec.embedding_dim), np.float32)
+        pending = [
+            (shard, self._start(shard, "embeddings", inside), out[part])
+            for shard, inside, part in self._by_shard(rows)
+        ]
+        for shard, future, part in pending:
+            part[...] = self._finish(shard, future)
+        return out
+
+    def array_of(self, shard: Shard, name: str) -> np.ndarray:
+        """One array of a shard, whole."""
+        return self._finish(shard, self._start(shard, name, slice(None)))
+
+    def sources_of(self, shard: Shard) -> list[str]:
+        """The sources of a shard."""
+        return json.loads(self.object_of(shard, SOURCES))
+
+    def encoded(self, shard: Shard) -> Int[np.ndarray, " n"]:
         """The rows, counted within a cold shard, whose memories are there."""
         folder = f"{shard.folder}{self.spec.stored_name}/c/"
         found = list_folders(self._kvstore, folder, url=self.url)
@@ -239,15 +317,38 @@ class BankReader:
         return shard.folder + lone_key(name, row, axes)
 
     def _use(self, header: Header) -> None:
+        if getattr(self, "_header", None) is None or _living(self._header) != _living(header):
+            # At once, not when asked for: a later writer clears away what was valid when opened.
+            self._alive = self._read_alive(header)
         self._header = header
         self._starts = np.array([shard.start for shard in header.shards], np.int64)
+
+    def _read_alive(self, header: Header) -> np.ndarray | BankError | None:
+        if header.deleted_file is None and not header.lost:
+            return None
+        alive = np.ones(header.rows, bool)
+        for each in header.lost:
+            alive[each.start : each.start + each.count] = False
+        if header.deleted_file is not None:
+            try:
+                content = self._checked(header.deleted_key, header.deleted_file)
+            except BankError as error:
+                return error  # to look after a bank is possible all the same
+            alive[np.frombuffer(content, "<i8")] = False
+        return alive
+
+    def _require_living(self, rows: Int[np.ndarray, " n"]) -> None:
+        alive = self.alive()
+        for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
+            raise BankError(f"bank {self.url} has {self.rows} references; there is no {row}")
+        if alive is not None and not alive[rows].all():
+            row = int(rows[~alive[rows]][0])
+            raise BankError(f"bank {self.url}: reference {row} was deleted")
 
     def _by_shard(
         self, rows: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[Shard, Int[np.ndarray, " part"], slice]]:
         """Shards of rising ``rows``: each with its rows, counted within it, and their places."""
-        if len(rows) and rows[-1] >= self.rows:
-            raise self._no_such(int(rows[-1]))
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owner):
             first, last = np.searchsorted(owner, [number, number + 1])
@@ -271,8 +372,7 @@ class BankReader:
         """For each shard the names of its sources and the place of each row's among them."""
         pending = [(shard, self._start(shard, "source", slice(None))) for shard in self.shards]
         for shard, places in pending:
-            names = json.loads(self.object_of(shard, SOURCES))
-            yield shard, names, self._finish(shard, places)
+            yield shard, self.sources_of(shard), self._finish(shard, places)
 
     def _text(self, shard: Shard, line: Any, crc: int) -> StoredReference:
         try:
@@ -329,9 +429,6 @@ class BankReader:
             raise self._unreadable(shard, FileNotFoundError(f"{name} is missing"))
         return found.value
 
-    def _no_such(self, row: int) -> BankError:
-        return BankError(f"bank {self.url} has {self.rows} references; there is no {row}")
-
     def _unreadable(self, shard: Shard, error: Exception) -> BankError:
         return BankError(
             f"bank {self.url}: shard {shard.name} cannot be read ({reason(error)});"
@@ -341,3 +438,7 @@ class BankReader:
 
 def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
     return [(path, file.sha256) for path, file in shard.files.items() if path.startswith(prefix)]
+
+
+def _living(header: Header) -> tuple:
+    return header.rows, header.deleted_file, header.lost

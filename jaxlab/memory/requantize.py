@@ -68,7 +68,7 @@ def quantize_bank(
     if bank_exists(url):
         made = Bank.open(url)
         _require_begun_from(source, made, codec)
-        if len(made.shards) < len(source.shards):
+        if len(made.shards) < len(source.shards) or not made.lacks_the_same(source):
             made = Bank.open(url, write=True)
     else:
         report(f"bank {url}: training codec {codec}")
@@ -77,8 +77,10 @@ def quantize_bank(
     begun = made.rows
     for shard in source.shards[len(made.shards) :]:
         rows = np.arange(shard.start, shard.start + shard.count)
-        made.add([made.store_copy(source, shard, source.read(rows).memories)])
+        made.add([made.store_copy(source, shard, source.read_any(rows).memories)])
         report(f"bank {url}: {made.rows:,} of {source.rows:,} references")
+    if not made.lacks_the_same(source):
+        made.lack_the_same(source)
     errors = measure(source, made, seed=seed)
     return QuantizeReport(
         codec=codec,
@@ -159,7 +161,9 @@ def _attention(asking: np.ndarray, read: np.ndarray, valid: np.ndarray, group: i
 
 
 def _some_rows(bank: Bank, count: int, generator: np.random.Generator) -> Int[np.ndarray, " n"]:
-    return np.sort(generator.permutation(bank.rows)[:count])
+    alive = bank.alive()
+    living = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    return np.sort(generator.permutation(living)[:count])
 
 
 def _blocks(bank: Bank, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Bool[np.ndarray, "n m"]]]:

@@ -51,7 +51,7 @@ def encode_shard(
     places = {source: place for place, source in enumerate(sources)}
     arrays = {
         **arrays,
-        "lines": _line_table(lines),
+        "lines": line_table(references),
         "source": np.array([places[reference.source] for reference in references], np.int32),
     }
     objects = {}
@@ -67,8 +67,9 @@ def read_line(line: bytes, crc: int) -> StoredReference:
     return StoredReference.from_line(line)
 
 
-def _line_table(lines: Sequence[bytes]) -> np.ndarray:
+def line_table(references: Sequence[StoredReference]) -> np.ndarray:
     """Start, length and CRC-32 of each line."""
+    lines = [reference.to_line() for reference in references]
     lengths = np.array([len(line) for line in lines], np.uint64)
     sums = np.array([zlib.crc32(line) for line in lines], np.uint64)
     return np.stack([np.cumsum(lengths) - lengths, lengths, sums], axis=1)
@@ -88,7 +89,7 @@ def encode_cold(name: str, memories: np.ndarray, cold: np.ndarray) -> dict[str, 
     """The objects of an array whose memories lie each alone, those that are not ``cold``."""
     spec = _zarr_spec(memories, (1, *memories.shape[1:]), _CODECS)
     objects = _encode(name, None, spec)
-    for row in np.flatnonzero(~cold):
+    for row in np.flatnonzero(~cold).tolist():
         objects[lone_key(name, row, memories.ndim)] = encode_lone(memories[row])
     return objects
 

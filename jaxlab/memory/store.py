@@ -3,6 +3,7 @@
 Layout, every object written through TensorStore::
 
     header.json                    what is in the bank; the commit point of every change
+    deleted/                       numbers of the rows that were deleted
     embedder/embedder.npz          state of a fitted embedder
     codec/codec.faiss              the codec of a quantized bank
     shards/000000-WRITER/          the first shard, under a name that only its writer uses
@@ -25,10 +26,10 @@ can add nothing more. Any number of readers, each of which sees the bank as it w
 import contextlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
@@ -48,6 +49,7 @@ from jaxlab.memory.header import (
 from jaxlab.memory.objects import (
     default_context,
     delete_folder,
+    delete_object,
     list_folders,
     open_kvstore,
     read_object,
@@ -61,12 +63,14 @@ from jaxlab.memory.shards import (
     encode_lone,
     encode_shard,
 )
-from jaxlab.memory.verify import VerifyReport
+from jaxlab.memory.verify import RepairReport, VerifyReport
 
+SHARD_REFERENCES = 1024
 __all__ = [
     "Bank",
     "BankIdentity",
     "BankSpec",
+    "RepairReport",
     "StoredMemories",
     "StoredReference",
     "VerifyReport",
@@ -175,7 +179,7 @@ class Bank(BankReader):
         is what it was before. A quantized bank takes memories or their codes. The shard is put
         together in host memory, so append some hundred references of a large model at a time.
         """
-        self._require_writable()
+        self.require_writable()
         shard = self.store(
             memories,
             kept,
@@ -191,7 +195,7 @@ class Bank(BankReader):
         self, embeddings: Float[np.ndarray, "n dim"], references: Sequence[StoredReference]
     ) -> range:
         """As :meth:`append`, of references whose memories are encoded when they are first read."""
-        self._require_writable()
+        self.require_writable()
         number, start = self.next_number, self.rows
         self.add([self.store(None, None, embeddings, references, number=number, start=start)])
         return range(start, self.rows)
@@ -243,6 +247,7 @@ class Bank(BankReader):
                 f"warm {self.url}: memories are {stored.dtype} of shape {stored.shape}, expected"
                 f" {self.spec.stored_dtype} of shape {wanted}"
             )
+        self._require_living(np.asarray(rows, np.int64))
         order = np.argsort(rows, kind="stable")
         for shard, inside, part in self._by_shard(np.asarray(rows, np.int64)[order]):
             if not shard.cold:
@@ -276,6 +281,61 @@ class Bank(BankReader):
             self._use(header)
         else:
             self._commit(header)
+
+    def delete(self, *, rows: Iterable[SupportsIndex] = (), sources: Iterable[str] = ()) -> int:
+        """Delete references, by row or by source; their number, without those deleted before.
+
+        They are never read again, and other row numbers stay; :meth:`compact` gives back the room.
+        Raises BankError for a row that the bank does not have.
+        """
+        self.require_writable()
+        rows = np.fromiter(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise BankError(f"bank {self.url} has no reference {rows.max()}; nothing was deleted")
+        alive = self.alive()
+        before = np.ones(self.rows, bool) if alive is None else alive
+        after = before & ~self.rows_of(sources)
+        after[rows] = False
+        if (gone := int(before.sum() - after.sum())) > 0:
+            content = np.flatnonzero(~after).astype("<i8").tobytes()
+            header = replace(self._header, deleted_file=StoredFile.of(content))
+            write_object(self._kvstore, header.deleted_key, content, url=self.url)
+            self._commit(header)
+        return gone
+
+    def compact(self, *, shard_references: int = SHARD_REFERENCES) -> int:
+        """Rewrite shards without deleted references; see :func:`jaxlab.memory.upkeep.compact`."""
+        from jaxlab.memory import upkeep
+
+        return upkeep.compact(self, shard_references=shard_references)
+
+    def repair(self, **options: Any) -> RepairReport:
+        """Make damaged shards again, or set them aside; see :func:`jaxlab.memory.upkeep.repair`."""
+        from jaxlab.memory import upkeep
+
+        return upkeep.repair(self, **options)
+
+    def lack_the_same(self, other: BankReader) -> None:
+        """Take over what was deleted or lost in another bank of the same rows."""
+        header = replace(
+            self._header, deleted_file=other._header.deleted_file, lost=other._header.lost
+        )
+        if header.deleted_file is not None:
+            content = other._checked(header.deleted_key, header.deleted_file)
+            write_object(self._kvstore, header.deleted_key, content, url=self.url)
+        self._commit(header)
+
+    def forget(self, shard: Shard, paths: Iterable[str]) -> int:
+        """Delete memories of a cold shard, which are encoded again when they are next read."""
+        gone = [delete_object(self._kvstore, shard.folder + p, url=self.url) for p in paths]
+        return len(gone)
+
+    def exchange(self, shards: Sequence[Shard], **changes: Any) -> None:
+        """Commit another list of shards in one go, then delete what is no longer listed."""
+        self._commit(replace(self._header, shards=tuple(shards), **changes))
+        # What cannot be deleted now goes when the bank is next opened for writing.
+        with contextlib.suppress(BankError):
+            self._sweep()
 
     def _put(
         self,
@@ -342,7 +402,8 @@ class Bank(BankReader):
             memories = self.codec.encode(memories.astype(np.float32))
         return np.ascontiguousarray(memories)
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
+        """Raise BankError when opened for reading or changed by another writer."""
         if self._generation is None:
             raise BankError(f"bank {self.url} is not open for writing; open it with write=True")
         if read_object(self._kvstore, HEADER_FILE, self.url).stamp.generation != self._generation:
@@ -369,10 +430,13 @@ class Bank(BankReader):
         self._generation = stamp.generation
 
     def _sweep(self) -> None:
-        """Delete shards that no header lists: a writer was killed before its commit."""
-        known = {shard.name for shard in self.shards}
-        for name in list_folders(self._kvstore, "shards/", url=self.url) - known:
+        """Delete what the header does not list: rests of killed writers, and what was replaced."""
+        for name in list_folders(self._kvstore, "shards/", url=self.url) - self._header.names:
             delete_folder(self._kvstore, f"shards/{name}/", url=self.url)
+        listed = {self._header.deleted_key} if self._header.deleted_file else set()
+        for name in list_folders(self._kvstore, "deleted/", url=self.url):
+            if f"deleted/{name}" not in listed:
+                delete_object(self._kvstore, f"deleted/{name}", url=self.url)
 
 
 def bank_exists(url: str | os.PathLike[str]) -> bool:

@@ -31,6 +31,20 @@ class VerifyReport:
         return not self.problems
 
 
+@dataclass(frozen=True)
+class RepairReport:
+    """What ``Bank.repair`` did; ``lost`` has one line for each shard that was set aside.
+
+    ``forgotten`` memories of cold shards will be encoded again; ``problems`` are left.
+    """
+
+    repaired: tuple[str, ...]
+    set_aside: tuple[str, ...]
+    lost: tuple[str, ...]
+    forgotten: int
+    problems: tuple[str, ...]
+
+
 def verify_objects(
     kvstore: Any,
     header: Header,
@@ -59,7 +73,7 @@ def verify_objects(
         names[kind][owner.removeprefix("shard ")] = True
     return VerifyReport(
         shards=len(header.shards),
-        references=header.rows,
+        references=sum(shard.count for shard in header.shards),
         bytes=sum(record.bytes for _, _, record in tasks),
         damaged=tuple(names["damaged"]),
         missing=tuple(names["missing"]),

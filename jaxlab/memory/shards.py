@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from jaxlab.errors import BankError
+from jaxlab.memory.header import BankSpec
+
 REFERENCES = "references.jsonl"
 SOURCES = "sources.json"
 MEMORIES = ("memories", "codes")
@@ -40,6 +43,38 @@ class StoredReference:
         """What :meth:`to_line` wrote."""
         values = json.loads(line)
         return cls(**{**values, "ids": tuple(values.get("ids", ()))})
+
+
+def shard_arrays(
+    spec: BankSpec, memories: Any, kept: Any, embeddings: Any, count: int, *, url: str
+) -> dict[str, np.ndarray]:
+    """The arrays of a shard, by name; raises BankError for one that does not fit the bank."""
+    arrays = {
+        spec.stored_name: memories,
+        "embeddings": np.ascontiguousarray(embeddings, np.float32),
+        "kept": np.ascontiguousarray(kept, np.int32),
+    }
+    shapes = {
+        spec.stored_name: (count, *spec.stored_shape),
+        "embeddings": (count, spec.embedding_dim),
+        "kept": (count,),
+    }
+    if not count:
+        raise BankError("nothing to append: the list of references is empty")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise BankError(
+                f"append to {url}: {name} have shape {arrays[name].shape}, expected {shape}"
+            )
+    if memories.dtype != spec.stored_dtype:
+        raise BankError(
+            f"append to {url}: memories are {memories.dtype}, the bank holds {spec.stored_dtype}"
+        )
+    if arrays["kept"].min() < 0 or arrays["kept"].max() > spec.memory_shape[3]:
+        raise BankError(f"append to {url}: kept must lie between 0 and {spec.memory_shape[3]}")
+    if not np.isfinite(arrays["embeddings"]).all():
+        raise BankError(f"append to {url}: an embedding is not finite")
+    return arrays
 
 
 def encode_shard(

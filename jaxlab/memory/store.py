@@ -62,6 +62,7 @@ from jaxlab.memory.shards import (
     encode_cold,
     encode_lone,
     encode_shard,
+    shard_arrays,
 )
 from jaxlab.memory.verify import RepairReport, VerifyReport
 
@@ -224,7 +225,9 @@ class Bank(BankReader):
         if memories is None:
             cold = np.ones(count, bool)
             memories = np.broadcast_to(spec.stored_dtype.type(0), (count, *spec.stored_shape))
-        arrays = self._check(memories, kept, embeddings, references)
+        arrays = shard_arrays(
+            spec, self._as_stored(np.asarray(memories)), kept, embeddings, count, url=self.url
+        )
         if cold is None:
             return self._put(encode_shard(arrays, references), number, start, count)
         lone = encode_cold(spec.stored_name, arrays.pop(spec.stored_name), cold)
@@ -360,40 +363,6 @@ class Bank(BankReader):
                 delete_folder(self._kvstore, shard.folder, url=self.url)
             raise
         return shard
-
-    def _check(self, memories: Any, kept: Any, embeddings: Any, references: Any) -> dict[str, Any]:
-        """The arrays of a shard, once they are known to fit the bank."""
-        spec, n = self.spec, len(references)
-        arrays = {
-            spec.stored_name: self._as_stored(np.asarray(memories)),
-            "embeddings": np.ascontiguousarray(embeddings, np.float32),
-            "kept": np.ascontiguousarray(kept, np.int32),
-        }
-        shapes = {
-            spec.stored_name: (n, *spec.stored_shape),
-            "embeddings": (n, spec.embedding_dim),
-            "kept": (n,),
-        }
-        if not n:
-            raise BankError("nothing to append: the list of references is empty")
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape:
-                raise BankError(
-                    f"append to {self.url}: {name} have shape {arrays[name].shape},"
-                    f" expected {shape}"
-                )
-        if arrays[spec.stored_name].dtype != spec.stored_dtype:
-            raise BankError(
-                f"append to {self.url}: memories are {arrays[spec.stored_name].dtype}, the bank"
-                f" holds {spec.stored_dtype}"
-            )
-        if arrays["kept"].min() < 0 or arrays["kept"].max() > spec.memory_shape[3]:
-            raise BankError(
-                f"append to {self.url}: kept must lie between 0 and {spec.memory_shape[3]}"
-            )
-        if not np.isfinite(arrays["embeddings"]).all():
-            raise BankError(f"append to {self.url}: an embedding is not finite")
-        return arrays
 
     def _as_stored(self, memories: np.ndarray) -> np.ndarray:
         """Memories, or the codes of them in a quantized bank, which may be given already."""

@@ -6,7 +6,7 @@ a bank was begun with (references, embedder, model) is checked before anything i
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
 from jaxlab.memory.header import BankSpec, Shard
+from jaxlab.memory.progress import Progress
 from jaxlab.memory.store import SHARD_REFERENCES, Bank, StoredReference, bank_exists
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
@@ -46,30 +47,52 @@ class WriteReport:
 
 
 class ReferenceEncoder:
-    """Compiled encoder of references in batches of one size, cut along this process's devices."""
+    """Compiled encoder of references in batches of one size, cut along this process's devices.
+
+    References of like length go together, in batches no wider than they need. The width depends on
+    a reference's own length alone, so that it gives the same bits in whatever company; padded to
+    full length it differs in the last places of float32 sums.
+    """
 
     def __init__(self, model: LoadedModel):
         model.require_memory()
         self._place = local_place(_ENCODE_BATCH)
         self._given = self._place.whole((model.params, model.preface))
         self._encode = compile_encode(model.graphdef, model.config.memory)
+        self._kept = model.config.memory.tokens_kept
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Memories (n, layers, 2, K, m, H) in the compute dtype."""
-        out, size = [], self._place.size
-        for start in range(0, len(tokens), size):
-            part, sizes = tokens[start : start + size], lengths[start : start + size]
-            blank = size - len(part)
-            batch = self._place(
-                {
-                    "tokens": np.pad(part, ((0, blank), (0, 0))),
-                    "lengths": np.pad(sizes, (0, blank)),
-                }
-            )
-            with jax.set_mesh(self._place.mesh):
-                stored = self._encode(*self._given, batch["tokens"], batch["lengths"])
-            out.append(np.asarray(stored)[: len(part)])
-        return np.concatenate(out)
+        """Memories (n, layers, 2, K, m, H) in the compute dtype, in the order given."""
+        out = None
+        for width, rows in by_width(lengths, tokens.shape[1], least=self._kept):
+            for start in range(0, len(rows), self._place.size):
+                some = rows[start : start + self._place.size]
+                found = self._batch(tokens[some, :width], lengths[some])
+                if out is None:
+                    out = np.zeros((len(tokens), *found.shape[1:]), found.dtype)
+                out[some] = found
+        return out
+
+    def _batch(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        blank = self._place.size - len(tokens)
+        given = {
+            "tokens": np.pad(tokens, ((0, blank), (0, 0))),
+            "lengths": np.pad(lengths, (0, blank)),
+        }
+        batch = self._place(given)
+        with jax.set_mesh(self._place.mesh):
+            stored = self._encode(*self._given, batch["tokens"], batch["lengths"])
+        return np.asarray(stored)[: len(tokens)]
+
+
+def by_width(lengths: np.ndarray, length: int, *, least: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows by the width of their batches: a quarter, half or all of ``length``, narrow first."""
+    widths = [width for width in (length // 4, length // 2) if width >= least] + [length]
+    narrowest = np.searchsorted(widths, lengths)
+    for place, width in enumerate(widths):
+        rows = np.flatnonzero(narrowest == place)
+        if len(rows):
+            yield width, rows
 
 
 def write_bank(
@@ -111,6 +134,7 @@ def write_bank(
         reopen = functools.partial(Bank.open, url, identity=model.identity)
         bank = leader_first(lambda: reopen(write=leads()))
     encoder = functools.cache(functools.partial(ReferenceEncoder, model))
+    progress = Progress(report, f"bank {url}", len(references), begun=begun)
     processes, mine, guard = jax.process_count(), jax.process_index(), InterruptGuard()
     for start in range(begun, len(references), shard_references * processes):
         if guard.stops():
@@ -128,7 +152,7 @@ def write_bank(
         raise_together(problem)
         told = exchange(shard.to_json() if shard else "")[: len(starts)]
         leader_first(functools.partial(bank.add, [Shard.from_json(text) for text in told]))
-        report(f"bank {url}: {bank.rows:,} of {len(references):,} references")
+        progress(bank.rows)
     if not cold and len(bank.cold_rows()):
         warm_bank(bank, reference_encoder(model, encoder()), report=report)
     return WriteReport(len(bank), begun, bank.stats()["bytes"])
@@ -159,12 +183,13 @@ def warm_bank(
 ) -> int:
     """Encode the references that have no memory yet, each process its share; their number."""
     rows, problem = bank.cold_rows(), None
+    progress = Progress(report, f"bank {bank.url}", len(rows), unit="cold memories")
     mine = rows[jax.process_index() :: jax.process_count()]
     try:
         for start in range(0, len(mine), _WARM_BATCH):
             some = mine[start : start + _WARM_BATCH]
             bank.warm(some, encode(bank.references(some)))
-            report(f"bank {bank.url}: {start + len(some):,} of {len(mine):,} memories")
+            progress(min((start + len(some)) * jax.process_count(), len(rows)))
     except BankError as error:
         problem = error
     raise_together(problem)
@@ -192,6 +217,7 @@ def append_to_bank(
     stored = [_stored(references, row) for row in range(len(references))]
     new = np.flatnonzero(~bank.has(stored))
     encode = ReferenceEncoder(model) if len(new) else None
+    progress = Progress(report, f"bank {url}", len(new))
     for start in range(0, len(new), shard_references):
         rows = new[start : start + shard_references]
         memories = encode(references.tokens[rows], references.lengths[rows])
@@ -205,7 +231,7 @@ def append_to_bank(
             start=bank.rows,
         )
         bank.add([shard])
-        report(f"bank {url}: {start + len(rows):,} of {len(new):,} references")
+        progress(start + len(rows))
     return len(new)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from jaxlab.errors import BankError, ConfigError
+from jaxlab.memory.progress import Progress
 from jaxlab.memory.quantize import PAPER, Codec, Rate
 from jaxlab.memory.store import Bank, bank_exists
 
@@ -75,10 +76,11 @@ def quantize_bank(
         vectors = sample_vectors(source, sample or Rate(codec).enough, seed=seed)
         made = _create(source, url, Codec.fit(vectors, codec, rounds=rounds))
     begun = made.rows
+    progress = Progress(report, f"bank {url}", source.rows, begun=begun)
     for shard in source.shards[len(made.shards) :]:
         rows = np.arange(shard.start, shard.start + shard.count)
         made.add([made.store_copy(source, shard, source.read_any(rows).memories)])
-        report(f"bank {url}: {made.rows:,} of {source.rows:,} references")
+        progress(made.rows)
     if not made.lacks_the_same(source):
         made.lack_the_same(source)
     errors = measure(source, made, seed=seed)

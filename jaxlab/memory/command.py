@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxlab.errors import ConfigError
+from jaxlab.errors import BankError, ConfigError
 from jaxlab.tools.output import one_line, write_json
 
 _RUN = "a run, or RUN@STAGE"
@@ -28,6 +28,8 @@ def add_commands(
     write.add_argument("--run", required=True, metavar="DIR", help=_RUN)
     write.add_argument("--data", required=True, metavar="SRC", help=source)
     write.add_argument("--limit-bytes", type=positive, metavar="N", help="read so much of SRC")
+    text = "store texts and embeddings only; each memory is encoded when it is first read"
+    write.add_argument("--cold", action="store_true", help=text)
     search = command(memory, "search", _search, "the references nearest to a text")
     search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
     search.add_argument("--top", type=positive, default=5, metavar="K", help="how many (5)")
@@ -41,7 +43,20 @@ def add_commands(
         "a copy of a bank with codes of a few bytes a vector; resumable",
     )
     _quantize_arguments(quantize, positive, source)
-    for each in (write, search, stats, verify, quantize):
+    text = "add references that the bank does not have yet"
+    append = command(memory, "append", _append, text)
+    append.add_argument("--run", required=True, metavar="DIR", help=_RUN)
+    append.add_argument("--data", required=True, metavar="SRC", help=source)
+    delete = command(memory, "delete", _delete, "delete references")
+    delete.add_argument("--rows", type=_rows, default=(), metavar="1,2,...", help="by row")
+    delete.add_argument(
+        "--source", nargs="+", action="extend", default=[], metavar="S", help="all of"
+    )
+    text = "give back the room of deleted references and merge small shards; numbers rows anew"
+    compact = command(memory, "compact", _compact, text)
+    repair = command(memory, "repair", _repair, "make damaged shards again, or set them aside")
+    repair.add_argument("--run", metavar="DIR", help=f"to encode damaged memories again: {_RUN}")
+    for each in (write, search, stats, verify, quantize, append, delete, compact, repair):
         each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
 
 
@@ -55,6 +70,13 @@ def _quantize_arguments(quantize, positive: Callable[[str], int], source: str) -
     quantize.add_argument("--data", metavar="SRC", help=f"and what to score: {source}")
 
 
+def _rows(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no row numbers, such as 1,2") from None
+
+
 def _write(arguments: argparse.Namespace) -> None:
     from jaxlab.data.sources import load_documents
     from jaxlab.memory.pipeline import write_bank
@@ -62,7 +84,8 @@ def _write(arguments: argparse.Namespace) -> None:
     from jaxlab.training.load import load_model
 
     documents = load_documents(arguments.data, limit_bytes=arguments.limit_bytes)
-    written = write_bank(load_model(arguments.run), documents, arguments.bank)
+    model = load_model(arguments.run)
+    written = write_bank(model, documents, arguments.bank, cold=arguments.cold)
     reporter(print)(json.dumps({"bank": arguments.bank, **dataclasses.asdict(written)}))
 
 
@@ -102,7 +125,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     for problem in found.problems:
         print(f"error: {problem}", file=sys.stderr)
     state = "whole" if found.ok else "damaged"
-    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references")
+    cold = f", {found.cold} of them cold" if found.cold else ""
+    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references{cold}")
     return 0 if found.ok else 1
 
 
@@ -124,6 +148,58 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.report:
         write_json(arguments.report, result)
     print(json.dumps(result))
+
+
+def _append(arguments: argparse.Namespace) -> None:
+    from jaxlab.data.sources import load_documents
+    from jaxlab.memory.pipeline import append_to_bank
+    from jaxlab.training.load import load_model
+
+    documents = load_documents(arguments.data)
+    added = append_to_bank(load_model(arguments.run), documents, arguments.bank)
+    print(json.dumps({"bank": arguments.bank, "added": added}))
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    if not arguments.rows and not arguments.source:
+        raise ConfigError("nothing to delete: give --rows or --source")
+    from jaxlab.memory.store import Bank
+
+    bank = Bank.open(arguments.bank, write=True)
+    unknown = set(arguments.source) - bank.sources().keys()
+    if unknown:
+        raise BankError(
+            f"bank {arguments.bank} has no references of {min(unknown)}; nothing was deleted"
+        )
+    gone = bank.delete(rows=arguments.rows, sources=arguments.source)
+    print(json.dumps({"bank": arguments.bank, "deleted": gone, "references": len(bank)}))
+
+
+def _compact(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.store import Bank
+
+    bank = Bank.open(arguments.bank, write=True)
+    written = bank.compact()
+    result = {"shards_written": written, "shards": len(bank.shards), "references": len(bank)}
+    print(json.dumps({"bank": arguments.bank, **result}))
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from jaxlab.memory.store import Bank
+
+    given, identity = {}, None
+    if arguments.run is not None:
+        from jaxlab.memory.pipeline import reference_encoder
+        from jaxlab.training.load import load_model
+
+        model = load_model(arguments.run)
+        identity = model.identity
+        given = {"encode": reference_encoder(model), "model_embed": model.embed_texts}
+    done = Bank.open(arguments.bank, identity=identity, write=True).repair(**given)
+    for line in (*(f"lost: {each}" for each in done.lost), *done.problems):
+        print(f"error: {line}", file=sys.stderr)
+    print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(done)}))
+    return 1 if done.lost or done.problems else 0
 
 
 def _bits_per_byte(arguments: argparse.Namespace) -> dict[str, float]:

@@ -129,22 +129,21 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """An immutable run of references: rows ``start`` to ``start + count - 1`` of the bank."""
+    """An immutable run of references: rows ``start`` to ``start + count - 1`` of the bank.
+
+    Memories of a ``cold`` one are objects of their own, not in ``files``, written when first read.
+    """
 
     name: str
     start: int
     count: int
     files: dict[str, StoredFile]
+    cold: bool = False
 
     @property
     def folder(self) -> str:
         """Where its objects lie in the bank, with a slash at the end."""
         return f"shards/{self.name}/"
-
-    @property
-    def number(self) -> int:
-        """What its name begins with."""
-        return int(self.name.split("-")[0])
 
     def to_json(self) -> str:
         """As one line, for another process."""
@@ -163,27 +162,49 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class LostShard:
+    """Rows whose shard was damaged beyond repair; its objects lie where they lay, unread."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Header:
     """Everything in ``header.json``; a shard that is not listed here does not exist.
 
     ``writer`` changes whenever the bank is opened for writing, so that a former writer finds out.
+    ``deleted_file`` lists the rows that were deleted, ``lost`` the shards that were set aside.
     """
 
     spec: BankSpec
     writer: str = ""
     embedder_file: StoredFile | None = None
     codec_file: StoredFile | None = None
+    deleted_file: StoredFile | None = None
     shards: tuple[Shard, ...] = ()
+    lost: tuple[LostShard, ...] = ()
 
     @property
     def rows(self) -> int:
-        """Row numbers in the bank: one more than the last."""
-        return self.shards[-1].start + self.shards[-1].count if self.shards else 0
+        """Row numbers in the bank, those of deleted references included."""
+        return max((each.start + each.count for each in (*self.shards, *self.lost)), default=0)
+
+    @property
+    def names(self) -> set[str]:
+        """Names of shards that are in use, or were and lie there still."""
+        return {each.name for each in (*self.shards, *self.lost)}
 
     @property
     def next_number(self) -> int:
         """The number that the name of the next shard begins with."""
-        return max((shard.number for shard in self.shards), default=-1) + 1
+        return max((int(name.split("-")[0]) for name in self.names), default=-1) + 1
+
+    @property
+    def deleted_key(self) -> str:
+        """Where the rows that were deleted are listed: a new object for each change."""
+        return f"deleted/{self.deleted_file.sha256[:16]}"
 
     def objects(self) -> list[tuple[str, str, StoredFile]]:
         """Every object but the header itself: whose it is, its key, its record."""
@@ -196,6 +217,8 @@ class Header:
             ("embedder", EMBEDDER_FILE, self.embedder_file),
             ("codec", CODEC_FILE, self.codec_file),
         )
+        if self.deleted_file is not None:
+            alone = (*alone, ("deleted", self.deleted_key, self.deleted_file))
         return found + [each for each in alone if each[2] is not None]
 
     def with_shard(self, shard: Shard) -> "Header":
@@ -234,7 +257,7 @@ def _parse(body: dict[str, Any]) -> Header:
     spec |= {name: tuple(spec[name]) for name in ("memory_shape", "preface")}
     files = {
         name: StoredFile(**body[name]) if body[name] else None
-        for name in ("embedder_file", "codec_file")
+        for name in ("embedder_file", "codec_file", "deleted_file")
     }
     shards = [Shard.of(shard) for shard in body["shards"]]
     return Header(
@@ -242,6 +265,7 @@ def _parse(body: dict[str, Any]) -> Header:
         writer=body["writer"],
         **files,
         shards=tuple(shards),
+        lost=tuple(LostShard(**each) for each in body["lost"]),
     )
 
 

@@ -73,6 +73,14 @@ def delete_folder(kvstore: Any, folder: str, *, url: str) -> None:
         raise BankError(f"bank {url}: cannot clear {folder} ({reason(error)})") from error
 
 
+def delete_object(kvstore: Any, key: str, *, url: str) -> None:
+    """Delete one object, if it is there."""
+    try:
+        kvstore.write(key, None).result()
+    except Exception as error:
+        raise BankError(f"bank {url}: cannot delete {key} ({reason(error)})") from error
+
+
 def _range(folder: str) -> ts.KvStore.KeyRange:
     return ts.KvStore.KeyRange(folder, folder[:-1] + chr(ord("/") + 1))
 

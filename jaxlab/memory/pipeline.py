@@ -6,7 +6,7 @@ a bank was begun with (references, embedder, model) is checked before anything i
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
 from jaxlab.memory.header import BankSpec, Shard
-from jaxlab.memory.store import Bank, StoredReference, bank_exists
+from jaxlab.memory.progress import Progress
+from jaxlab.memory.store import SHARD_REFERENCES, Bank, StoredReference, bank_exists
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
 from jaxlab.sharding.processes import (
@@ -32,8 +33,8 @@ from jaxlab.training.corpus import fit_embedder
 from jaxlab.training.guards import InterruptGuard
 from jaxlab.training.load import LoadedModel
 
-SHARD_REFERENCES = 1024
 _ENCODE_BATCH = 32
+_WARM_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,30 +47,52 @@ class WriteReport:
 
 
 class ReferenceEncoder:
-    """Compiled encoder of references in batches of one size, cut along this process's devices."""
+    """Compiled encoder of references in batches of one size, cut along this process's devices.
+
+    References of like length go together, in batches no wider than they need. The width depends on
+    a reference's own length alone, so that it gives the same bits in whatever company; padded to
+    full length it differs in the last places of float32 sums.
+    """
 
     def __init__(self, model: LoadedModel):
         model.require_memory()
         self._place = local_place(_ENCODE_BATCH)
         self._given = self._place.whole((model.params, model.preface))
         self._encode = compile_encode(model.graphdef, model.config.memory)
+        self._kept = model.config.memory.tokens_kept
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Memories (n, layers, 2, K, m, H) in the compute dtype."""
-        out, size = [], self._place.size
-        for start in range(0, len(tokens), size):
-            part, sizes = tokens[start : start + size], lengths[start : start + size]
-            blank = size - len(part)
-            batch = self._place(
-                {
-                    "tokens": np.pad(part, ((0, blank), (0, 0))),
-                    "lengths": np.pad(sizes, (0, blank)),
-                }
-            )
-            with jax.set_mesh(self._place.mesh):
-                stored = self._encode(*self._given, batch["tokens"], batch["lengths"])
-            out.append(np.asarray(stored)[: len(part)])
-        return np.concatenate(out)
+        """Memories (n, layers, 2, K, m, H) in the compute dtype, in the order given."""
+        out = None
+        for width, rows in by_width(lengths, tokens.shape[1], least=self._kept):
+            for start in range(0, len(rows), self._place.size):
+                some = rows[start : start + self._place.size]
+                found = self._batch(tokens[some, :width], lengths[some])
+                if out is None:
+                    out = np.zeros((len(tokens), *found.shape[1:]), found.dtype)
+                out[some] = found
+        return out
+
+    def _batch(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        blank = self._place.size - len(tokens)
+        given = {
+            "tokens": np.pad(tokens, ((0, blank), (0, 0))),
+            "lengths": np.pad(lengths, (0, blank)),
+        }
+        batch = self._place(given)
+        with jax.set_mesh(self._place.mesh):
+            stored = self._encode(*self._given, batch["tokens"], batch["lengths"])
+        return np.asarray(stored)[: len(tokens)]
+
+
+def by_width(lengths: np.ndarray, length: int, *, least: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows by the width of their batches: a quarter, half or all of ``length``, narrow first."""
+    widths = [width for width in (length // 4, length // 2) if width >= least] + [length]
+    narrowest = np.searchsorted(widths, lengths)
+    for place, width in enumerate(widths):
+        rows = np.flatnonzero(narrowest == place)
+        if len(rows):
+            yield width, rows
 
 
 def write_bank(
@@ -79,12 +102,14 @@ def write_bank(
     *,
     embedder: Any = None,
     shard_references: int = SHARD_REFERENCES,
+    cold: bool = False,
     report: Callable[[str], None] = print,
 ) -> WriteReport:
     """Write the explicit memories of ``documents`` into the bank at ``url``; resumable.
 
     ``embedder`` is a fitted embedder to use; None makes the one that the configuration names,
-    fitted on these references. A bank that was begun goes on with its own.
+    fitted on these references. A bank that was begun goes on with its own. ``cold`` leaves the
+    memories to whoever reads them first; without it, those that are missing are encoded.
 
     Several processes write a shard each at a time, and process 0 puts them into the header.
 
@@ -102,43 +127,126 @@ def write_bank(
     bank, embedder = leader_first(
         functools.partial(_open_or_create, model, references, url, embedder)
     )
-    begun = len(bank)
+    begun = bank.rows
     _check_same_references(bank, references, url)
     if begun < len(references):
         # The name of the writer is in the header: all write under it, and process 0 commits.
         reopen = functools.partial(Bank.open, url, identity=model.identity)
         bank = leader_first(lambda: reopen(write=leads()))
-    encode = ReferenceEncoder(model)
+    encoder = functools.cache(functools.partial(ReferenceEncoder, model))
+    progress = Progress(report, f"bank {url}", len(references), begun=begun)
     processes, mine, guard = jax.process_count(), jax.process_index(), InterruptGuard()
     for start in range(begun, len(references), shard_references * processes):
         if guard.stops():
-            raise Preempted(f"bank {url}: {len(bank):,} of {len(references):,} references kept")
+            raise Preempted(f"bank {url}: {bank.rows:,} of {len(references):,} references kept")
         starts = range(start, len(references), shard_references)[:processes]
         shard = problem = None
         try:
             if mine < len(starts):
                 part = slice(starts[mine], min(starts[mine] + shard_references, len(references)))
-                shard = _store(bank, mine, encode, embedder, references, part, model)
+                given = references.tokens[part], references.lengths[part]
+                encoded = None if cold else encoder()(*given)
+                shard = _store(bank, mine, encoded, embedder, references, part)
         except BankError as error:
             problem = error
         raise_together(problem)
         told = exchange(shard.to_json() if shard else "")[: len(starts)]
         leader_first(functools.partial(bank.add, [Shard.from_json(text) for text in told]))
-        report(f"bank {url}: {len(bank):,} of {len(references):,} references")
+        progress(bank.rows)
+    if not cold and len(bank.cold_rows()):
+        warm_bank(bank, reference_encoder(model, encoder()), report=report)
     return WriteReport(len(bank), begun, bank.stats()["bytes"])
 
 
-def _store(bank, ahead: int, encode, embedder, references: References, part: slice, model) -> Shard:
-    lengths = references.lengths[part]
-    texts, sources = references.texts[part], references.sources[part]
+def reference_encoder(
+    model: LoadedModel, encode: ReferenceEncoder | None = None
+) -> Callable[[Sequence[StoredReference]], np.ndarray]:
+    """What encodes references of a bank as :func:`write_bank` does, bit for bit."""
+    encode, length = encode or ReferenceEncoder(model), model.config.memory.reference_length
+
+    def run(references: Sequence[StoredReference]) -> np.ndarray:
+        tokens = np.full((len(references), length), model.tokenizer.pad_id, np.int32)
+        lengths = np.zeros(len(references), np.int32)
+        for row, reference in enumerate(references):
+            ids = (reference.ids or model.tokenizer.encode(reference.text))[:length]
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        return encode(tokens, lengths)
+
+    return run
+
+
+def warm_bank(
+    bank: Bank,
+    encode: Callable[[Sequence[StoredReference]], np.ndarray],
+    *,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Encode the references that have no memory yet, each process its share; their number."""
+    rows, problem = bank.cold_rows(), None
+    progress = Progress(report, f"bank {bank.url}", len(rows), unit="cold memories")
+    mine = rows[jax.process_index() :: jax.process_count()]
+    try:
+        for start in range(0, len(mine), _WARM_BATCH):
+            some = mine[start : start + _WARM_BATCH]
+            bank.warm(some, encode(bank.references(some)))
+            progress(min((start + len(some)) * jax.process_count(), len(rows)))
+    except BankError as error:
+        problem = error
+    raise_together(problem)
+    return len(rows)
+
+
+def append_to_bank(
+    model: LoadedModel,
+    documents: Sequence[Document],
+    url: str,
+    *,
+    shard_references: int = SHARD_REFERENCES,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Add those references of ``documents`` that the bank does not have; their number.
+
+    One that was killed adds the rest when it is repeated. The bank's embedder stays as it was
+    fitted. Raises BankError when there is no bank, or it is another model's.
+    """
+    model.require_memory()
+    length = model.config.memory.reference_length
+    references = References.build(documents, model.tokenizer, length=length)
+    bank = Bank.open(url, identity=model.identity, write=True)
+    embedder = bank.embedder(model_embed=model.embed_texts)
+    stored = [_stored(references, row) for row in range(len(references))]
+    new = np.flatnonzero(~bank.has(stored))
+    encode = ReferenceEncoder(model) if len(new) else None
+    progress = Progress(report, f"bank {url}", len(new))
+    for start in range(0, len(new), shard_references):
+        rows = new[start : start + shard_references]
+        memories = encode(references.tokens[rows], references.lengths[rows])
+        some = [stored[row] for row in rows]
+        shard = bank.store(
+            memories,
+            None,
+            embedder.embed([each.text for each in some]),
+            some,
+            number=bank.next_number,
+            start=bank.rows,
+        )
+        bank.add([shard])
+        progress(start + len(rows))
+    return len(new)
+
+
+def _stored(references: References, row: int) -> StoredReference:
+    count = int(references.lengths[row])
+    ids = tuple(references.tokens[row, :count].tolist())
+    return StoredReference(references.texts[row], references.sources[row], count, ids)
+
+
+def _store(bank, ahead: int, memories, embedder, references: References, part: slice) -> Shard:
     return bank.store(
-        encode(references.tokens[part], lengths),
-        np.minimum(lengths, model.config.memory.tokens_kept).astype(np.int32),
-        embedder.embed(texts),
-        [
-            StoredReference(text=text, source=source, tokens=int(count))
-            for text, source, count in zip(texts, sources, lengths, strict=True)
-        ],
+        memories,
+        None,
+        embedder.embed(references.texts[part]),
+        [_stored(references, row) for row in range(part.start, part.stop)],
         number=bank.next_number + ahead,
         start=part.start,
     )
@@ -177,8 +285,9 @@ def _open_or_create(model: LoadedModel, references: References, url: str, embedd
 
 def _check_same_references(bank: Bank, references: References, url: str) -> None:
     """A bank that was begun holds the first of these references, or it is another corpus."""
-    begun = len(bank)
-    ids = sorted({0, begun // 2, begun - 1}) if begun else []
+    alive = bank.alive()
+    rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    ids = sorted({int(rows[at]) for at in (0, len(rows) // 2, -1)}) if len(rows) else []
     for row, stored in zip(ids, bank.references(ids), strict=True):
         if row >= len(references) or stored.text != references.texts[row]:
             raise BankError(

@@ -10,22 +10,25 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jaxlab.data.overlap import exceeds
+from jaxlab.errors import BankError
 from jaxlab.memory.recent import RecentMemories
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
-from jaxlab.memory.store import Bank
+from jaxlab.memory.store import Bank, StoredMemories, StoredReference
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
 from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
 
 # Enough for 500 memories of Memory³-2B, whose 450,560 bytes each are the largest there are.
 CACHE_BYTES = 1 << 28
+Encode = Callable[[Sequence[StoredReference]], np.ndarray]
 
 
 class MemoryReader:
     """Retrieval from one bank, and loading of what was retrieved.
 
     ``permutation`` is the control "shuffled": search as ever, but read the memory of the reference
-    at that place instead.
+    at that place instead. ``encode`` makes the memories of references that have none yet
+    (:func:`jaxlab.memory.pipeline.reference_encoder`); they are stored in the bank.
     """
 
     def __init__(
@@ -34,11 +37,13 @@ class MemoryReader:
         retriever: Retriever,
         *,
         permutation: np.ndarray | None = None,
+        encode: Encode | None = None,
         cache_bytes: int = CACHE_BYTES,
     ):
+        self._encode = encode
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
-        self.recent = RecentMemories(bank, cache_bytes)
+        self.recent = RecentMemories(self._read, cache_bytes)
         # Seconds spent so far, by what on.
         self.seconds = {"embed": 0.0, "search": 0.0, "load": 0.0}
 
@@ -48,32 +53,44 @@ class MemoryReader:
         bank: Bank,
         *,
         model_embed: Callable | None = None,
+        encode: Encode | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> "MemoryReader":
-        """Load the bank's embedder and index; keep ``cache_bytes`` of memories read lately."""
+        """Load the bank's embedder and index; keep ``cache_bytes`` of memories read lately.
+
+        ``encode`` makes the memories of references that have none yet (a cold start).
+        """
         embedder = bank.embedder(model_embed=model_embed)
         retriever = Retriever(embedder, FlatIndex(bank.embeddings()))
-        return cls(bank, retriever, cache_bytes=cache_bytes)
+        return cls(bank, retriever, encode=encode, cache_bytes=cache_bytes)
 
     def shuffled(self, *, seed: int) -> "MemoryReader":
         """The same bank with every reference's memory exchanged for another's."""
-        order = np.random.default_rng(seed).permutation(len(self.bank))
-        exchanged = np.empty_like(order)
+        alive = self.bank.alive()
+        living = np.arange(self.bank.rows) if alive is None else np.flatnonzero(alive)
+        order = np.random.default_rng(seed).permutation(living)
+        exchanged = np.arange(self.bank.rows)
         # One cycle through all references: nothing stays in its place (if there are two at all).
         exchanged[order] = np.roll(order, 1)
-        made = MemoryReader(self.bank, self._retriever, permutation=exchanged)
+        made = MemoryReader(self.bank, self._retriever, permutation=exchanged, encode=self._encode)
         made.recent = self.recent
         return made
 
     def search(self, texts: Sequence[str], k: int | None = None) -> Hits:
-        """The references nearest to each text, without any filter."""
+        """The references nearest to each text, of those that were not deleted."""
         started = time.perf_counter()
         queries = self._retriever.embed(list(texts))
         embedded = time.perf_counter()
-        hits = self._retriever.find(queries, k or self.per_chunk)
+        hits = self._find(queries, k or self.per_chunk)
         self.seconds["embed"] += embedded - started
         self.seconds["search"] += time.perf_counter() - embedded
         return hits
+
+    def _find(self, queries: np.ndarray, k: int) -> Hits:
+        alive = self.bank.alive()
+        if alive is None:
+            return self._retriever.find(queries, k)
+        return _allowed(self._retriever.find(queries, k + int((~alive).sum())), alive, k)
 
     def search_filtered(
         self,
@@ -142,6 +159,28 @@ class MemoryReader:
         if self.codebook is None:
             return from_stored(jnp.asarray(stored), jnp.asarray(valid))
         return _decoded_slots(stored, valid, self.codebook, dtype=self.bank.spec.dtype)
+
+    def _read(self, ids: np.ndarray) -> StoredMemories:
+        """What the bank has of these, once all of it is encoded."""
+        found = self.bank.read(ids)
+        if not found.cold.any():
+            return found
+        rows = np.unique(ids[found.cold])
+        if self._encode is None:
+            raise BankError(
+                f"bank {self.bank.url}: the memory of reference {rows[0]} has not been encoded yet;"
+                " read the bank with its model, or encode all with `jaxlab memory write`"
+            )
+        self.bank.warm(rows, self._encode(self.bank.references(rows)))
+        return self.bank.read(ids)
+
+
+def _allowed(hits: Hits, allowed: np.ndarray, k: int) -> Hits:
+    """The first ``k`` hits whose rows are allowed, in their order."""
+    kept = (hits.ids >= 0) & allowed[hits.ids]
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
+    ids, scores, kept = (np.take_along_axis(each, order, 1) for each in (*hits, kept))
+    return Hits(np.where(kept, ids, -1), np.where(kept, scores, np.float32(-np.inf)))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

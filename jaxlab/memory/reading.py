@@ -9,48 +9,52 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
 from jaxlab.errors import BankError
+from jaxlab.memory.access import ShardAccess
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
-from jaxlab.memory.header import CODEC_FILE, EMBEDDER_FILE, BankSpec, Header, Shard, StoredFile
-from jaxlab.memory.objects import read_object, reason
+from jaxlab.memory.header import (
+    CODEC_FILE,
+    EMBEDDER_FILE,
+    Header,
+    LostShard,
+    Shard,
+)
 from jaxlab.memory.quantize import Codec
-from jaxlab.memory.shards import REFERENCES, SOURCES, StoredReference, read_line
+from jaxlab.memory.shards import (
+    REFERENCES,
+    StoredReference,
+    line_table,
+    read_line,
+)
 from jaxlab.memory.verify import VerifyReport, verify_objects
 
-# An open array takes some 10 kB; to open one again costs the request of its zarr.json.
-_OPEN_ARRAYS = 4096
 _BLOCK_ROWS = 65536
 
 
 class StoredMemories(NamedTuple):
     """Memories in the order asked for, and how many of their token slots are valid.
 
-    ``memories`` are as the bank stores them: keys and values, or their codes (uint8).
+    ``memories`` are as the bank stores them: keys and values, or their codes (uint8). ``cold`` is
+    True where the memory has not been encoded yet.
     """
 
     memories: Shaped[np.ndarray, "*ids Lm 2 K m stored"]
     kept: Int32[np.ndarray, "*ids"]
+    cold: Bool[np.ndarray, "*ids"]
 
 
-class BankReader:
+class BankReader(ShardAccess):
     """What can be read of a bank. Row numbers (ids) count over all shards from 0."""
 
     def __init__(self, url: str, *, context: ts.Context, kvstore: Any, header: Header) -> None:
-        self.url = url
-        self._context, self._kvstore = context, kvstore
-        self._array = functools.lru_cache(_OPEN_ARRAYS)(self._open_array)
+        super().__init__(url, context=context, kvstore=kvstore)
         self._use(header)
-
-    @property
-    def spec(self) -> BankSpec:
-        """Shapes, dtype, identity and chunk grid of the bank."""
-        return self._header.spec
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -59,7 +63,7 @@ class BankReader:
 
     @property
     def rows(self) -> int:
-        """Row numbers in use: 0 to ``rows - 1``."""
+        """Row numbers in use, 0 to ``rows - 1``; those of deleted references stay as they are."""
         return self._header.rows
 
     @property
@@ -68,7 +72,24 @@ class BankReader:
         return self._header.next_number
 
     def __len__(self) -> int:
-        return self.rows
+        """Living references."""
+        alive = self.alive()
+        return self.rows if alive is None else int(alive.sum())
+
+    def alive(self) -> Bool[np.ndarray, " rows"] | None:
+        """False at deleted rows; None when every row lives. Raises BankError when not known."""
+        if isinstance(self._alive, BankError):
+            raise self._alive
+        return self._alive
+
+    @property
+    def lost(self) -> tuple[LostShard, ...]:
+        """Shards that :meth:`repair` set aside; their rows count as deleted."""
+        return self._header.lost
+
+    def lacks_the_same(self, other: "BankReader") -> bool:
+        """Whether the same rows were deleted or lost as in another bank."""
+        return _living(self._header) == _living(other._header)
 
     def fingerprint(self) -> str:
         """SHA-256 over the embeddings of every row: an index of others does not fit this bank."""
@@ -76,28 +97,57 @@ class BankReader:
             (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
             for shard in self.shards
         ]
+        listed += [(each.start, each.count) for each in self.lost]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
 
-        Raises BankError for an id past the end and for a shard that cannot be read.
+        Raises BankError for an id past the end, for a deleted reference and for a shard that cannot
+        be read.
         """
         ids = np.asarray(ids, np.int64)
+        self._require_living(ids[ids >= 0])
+        return self.read_any(ids)
+
+    def read_any(self, ids: Int[np.ndarray, "*ids"]) -> StoredMemories:
+        """As :meth:`read`, of deleted references, too."""
         rows, place = np.unique(ids, return_inverse=True)
         memories = np.zeros((len(rows), *self.spec.stored_shape), self.spec.stored_dtype)
-        kept = np.zeros(len(rows), np.int32)
+        kept, cold = np.zeros(len(rows), np.int32), np.zeros(len(rows), bool)
+        pending, lone = [], []
         empty = int(np.searchsorted(rows, 0))
-        pending = []
         for shard, inside, part in self._by_shard(rows[empty:]):
-            for name, out in ((self.spec.stored_name, memories), ("kept", kept)):
-                pending.append((shard, self._start(shard, name, inside), out[empty:][part]))
+            part = slice(empty + part.start, empty + part.stop)
+            pending.append((shard, self._start(shard, "kept", inside), kept[part]))
+            if not shard.cold:
+                stored = self._start(shard, self.spec.stored_name, inside)
+                pending.append((shard, stored, memories[part]))
+                continue
+            for row, at in zip(inside.tolist(), range(part.start, part.stop), strict=True):
+                lone.append((shard, row, self._start(shard, self.spec.stored_name, row), at))
         for shard, future, out in pending:
             out[...] = self._finish(shard, future)
-        return StoredMemories(memories[place.reshape(ids.shape)], kept[place.reshape(ids.shape)])
+        for shard, row, future, at in lone:
+            memory = self._finish_lone(shard, row, future)
+            if memory is None:
+                cold[at] = True
+            else:
+                memories[at] = memory
+        place = place.reshape(ids.shape)
+        return StoredMemories(memories[place], kept[place], cold[place])
+
+    def cold_rows(self) -> Int[np.ndarray, " n"]:
+        """The living rows whose memories have not been encoded yet."""
+        alive, out = self.alive(), np.zeros(self.rows, bool)
+        for shard in self.shards:
+            if shard.cold:
+                out[shard.start : shard.start + shard.count] = True
+                out[shard.start + self.encoded(shard)] = False
+        return np.flatnonzero(out if alive is None else out & alive)
 
     def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
-        """The embeddings of all rows, in order, at once."""
+        """The embeddings of all rows, in order, at once: deleted ones as well, zeros for lost."""
         return self._embeddings(0, self.rows)
 
     def embedding_blocks(
@@ -111,15 +161,13 @@ class BankReader:
         """The text of one reference."""
         return self.references([row])[0]
 
-    def references(self, ids: Iterable[int]) -> list[StoredReference]:
+    def references(self, ids: Iterable[SupportsIndex]) -> list[StoredReference]:
         """The texts of references, read concurrently, each with one range request.
 
-        Raises BankError for an id that is not in the bank and for a damaged text.
+        Raises BankError for an id that is not in the bank, or was deleted, and for a damaged text.
         """
-        ids = np.fromiter(ids, np.int64)
-        rows, place = np.unique(ids, return_inverse=True)
-        if len(rows) and rows[0] < 0:
-            raise self._no_such(int(rows[0]))
+        rows, place = np.unique(np.fromiter(ids, np.int64), return_inverse=True)
+        self._require_living(rows)
         tables = [
             (shard, self._start(shard, "lines", inside))
             for shard, inside, _ in self._by_shard(rows)
@@ -133,16 +181,35 @@ class BankReader:
         texts = [self._text(*each) for each in pending]
         return [texts[where] for where in place]
 
+    def has(self, references: Sequence[StoredReference]) -> Bool[np.ndarray, " n"]:
+        """Whether the bank holds each reference, alive; texts are read only where sums agree."""
+        wanted: dict[tuple[int, int], list[int]] = {}
+        for place, (_, length, crc) in enumerate(line_table(references).tolist()):
+            wanted.setdefault((length, crc), []).append(place)
+        alive, found = self.alive(), np.zeros(len(references), bool)
+        for shard in self.shards:
+            table = self.array_of(shard, "lines").tolist()
+            rows = [row for row, (_, *mark) in enumerate(table) if tuple(mark) in wanted]
+            rows = [shard.start + row for row in rows]
+            rows = rows if alive is None else [row for row in rows if alive[row]]
+            for row, stored in zip(rows, self.references(rows), strict=True):
+                for place in wanted[tuple(table[row - shard.start][1:])]:
+                    found[place] |= references[place] == stored
+        return found
+
     def sources(self) -> dict[str, int]:
-        """How many references each source has."""
+        """How many living references each source has."""
         found: dict[str, int] = {}
-        for _, names, places in self._shard_sources():
+        alive = self.alive()
+        for shard, names, places in self._shard_sources():
+            if alive is not None:
+                places = places[alive[shard.start : shard.start + shard.count]]
             for name, count in zip(names, np.bincount(places, minlength=len(names)), strict=True):
                 found[name] = found.get(name, 0) + int(count)
         return {name: count for name, count in found.items() if count}
 
     def rows_of(self, sources: Iterable[str]) -> Bool[np.ndarray, " rows"]:
-        """True at the rows of references of these sources."""
+        """True at the rows of references of these sources, deleted ones among them."""
         wanted, out = set(sources), np.zeros(self.rows, bool)
         for shard, names, places in self._shard_sources():
             chosen = np.array([name in wanted for name in names], bool)
@@ -174,6 +241,9 @@ class BankReader:
         return {
             "url": self.url,
             "references": len(self),
+            "rows": self.rows,
+            "cold": len(self.cold_rows()),
+            "lost_shards": len(self.lost),
             "shards": len(self.shards),
             "bytes": sum(sizes),
             "bytes_per_reference": self.spec.bytes_per_reference,
@@ -182,25 +252,52 @@ class BankReader:
 
     def verify(self) -> VerifyReport:
         """Read every object back and compare size and SHA-256; damage is reported, not raised."""
-        return verify_objects(self._kvstore, self._header)
+        return verify_objects(self._kvstore, self._header, self.check_lone)
 
-    def object_of(self, shard: Shard, path: str) -> bytes:
-        """One object of a shard as it lies there; raises BankError when it is damaged."""
-        content = self._finish_object(shard, self._kvstore.read(shard.folder + path), path)
-        if StoredFile.of(content) != shard.files[path]:
-            raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
-        return content
+    def embeddings_of(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n dim"]:
+        """Embeddings of rising rows."""
+        out = np.zeros((len(rows), self.spec.embedding_dim), np.float32)
+        pending = [
+            (shard, self._start(shard, "embeddings", inside), out[part])
+            for shard, inside, part in self._by_shard(rows)
+        ]
+        for shard, future, part in pending:
+            part[...] = self._finish(shard, future)
+        return out
 
     def _use(self, header: Header) -> None:
+        if getattr(self, "_header", None) is None or _living(self._header) != _living(header):
+            # At once, not when asked for: a later writer clears away what was valid when opened.
+            self._alive = self._read_alive(header)
         self._header = header
         self._starts = np.array([shard.start for shard in header.shards], np.int64)
+
+    def _read_alive(self, header: Header) -> np.ndarray | BankError | None:
+        if header.deleted_file is None and not header.lost:
+            return None
+        alive = np.ones(header.rows, bool)
+        for each in header.lost:
+            alive[each.start : each.start + each.count] = False
+        if header.deleted_file is not None:
+            try:
+                content = self._checked(header.deleted_key, header.deleted_file)
+            except BankError as error:
+                return error  # to look after a bank is possible all the same
+            alive[np.frombuffer(content, "<i8")] = False
+        return alive
+
+    def _require_living(self, rows: Int[np.ndarray, " n"]) -> None:
+        alive = self.alive()
+        for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
+            raise BankError(f"bank {self.url} has {self.rows} references; there is no {row}")
+        if alive is not None and not alive[rows].all():
+            row = int(rows[~alive[rows]][0])
+            raise BankError(f"bank {self.url}: reference {row} was deleted")
 
     def _by_shard(
         self, rows: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[Shard, Int[np.ndarray, " part"], slice]]:
         """Shards of rising ``rows``: each with its rows, counted within it, and their places."""
-        if len(rows) and rows[-1] >= self.rows:
-            raise self._no_such(int(rows[-1]))
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(owner):
             first, last = np.searchsorted(owner, [number, number + 1])
@@ -224,8 +321,7 @@ class BankReader:
         """For each shard the names of its sources and the place of each row's among them."""
         pending = [(shard, self._start(shard, "source", slice(None))) for shard in self.shards]
         for shard, places in pending:
-            names = json.loads(self.object_of(shard, SOURCES))
-            yield shard, names, self._finish(shard, places)
+            yield shard, self.sources_of(shard), self._finish(shard, places)
 
     def _text(self, shard: Shard, line: Any, crc: int) -> StoredReference:
         try:
@@ -233,52 +329,10 @@ class BankReader:
         except ValueError as error:
             raise self._unreadable(shard, error) from error
 
-    def _checked(self, key: str, record: StoredFile) -> bytes:
-        """An object that the header lists by itself."""
-        found = read_object(self._kvstore, key, self.url)
-        if found.state == "missing" or StoredFile.of(found.value) != record:
-            raise BankError(
-                f"bank {self.url}: {key} is damaged or missing; restore it from a copy,"
-                " or write the bank again"
-            )
-        return found.value
-
-    def _open_array(self, folder: str, name: str) -> Any:
-        spec = {
-            "driver": "zarr3",
-            "recheck_cached_data": "open",  # shards never change
-            "fill_missing_data_reads": False,  # a lost file is an error, not zeros
-        }
-        base = self._kvstore / f"{folder}{name}/"
-        return ts.open(spec, kvstore=base, context=self._context).result()
-
-    def _start(self, shard: Shard, name: str, rows: Any) -> Any:
-        try:
-            return self._array(shard.folder, name)[rows].read()
-        except Exception as error:
-            raise self._unreadable(shard, error) from error
-
-    def _finish(self, shard: Shard, future: Any) -> Any:
-        try:
-            return future.result()
-        except Exception as error:
-            raise self._unreadable(shard, error) from error
-
-    def _finish_object(self, shard: Shard, future: Any, name: str) -> bytes:
-        found = self._finish(shard, future)
-        if found.state == "missing":
-            raise self._unreadable(shard, FileNotFoundError(f"{name} is missing"))
-        return found.value
-
-    def _no_such(self, row: int) -> BankError:
-        return BankError(f"bank {self.url} has {self.rows} references; there is no {row}")
-
-    def _unreadable(self, shard: Shard, error: Exception) -> BankError:
-        return BankError(
-            f"bank {self.url}: shard {shard.name} cannot be read ({reason(error)});"
-            " run `jaxlab memory verify` to see what is damaged"
-        )
-
 
 def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
     return [(path, file.sha256) for path, file in shard.files.items() if path.startswith(prefix)]
+
+
+def _living(header: Header) -> tuple:
+    return header.rows, header.deleted_file, header.lost

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from jaxlab.errors import BankError, ConfigError
+from jaxlab.memory.progress import Progress
 from jaxlab.memory.quantize import PAPER, Codec, Rate
 from jaxlab.memory.store import Bank, bank_exists
 
@@ -60,20 +61,28 @@ def quantize_bank(
             f"codec {codec!r} is for vectors of {Rate(codec).dim} numbers, bank {source.url} has"
             f" {source.spec.memory_shape[-1]}: choose one whose OPQm_d has that d"
         )
+    if len(source.cold_rows()):
+        raise BankError(
+            f"bank {source.url}: {len(source.cold_rows()):,} references have no memory yet; encode"
+            " them with `jaxlab memory write` and the same --data first"
+        )
     if bank_exists(url):
         made = Bank.open(url)
         _require_begun_from(source, made, codec)
-        if len(made.shards) < len(source.shards):
+        if len(made.shards) < len(source.shards) or not made.lacks_the_same(source):
             made = Bank.open(url, write=True)
     else:
         report(f"bank {url}: training codec {codec}")
         vectors = sample_vectors(source, sample or Rate(codec).enough, seed=seed)
         made = _create(source, url, Codec.fit(vectors, codec, rounds=rounds))
     begun = made.rows
+    progress = Progress(report, f"bank {url}", source.rows, begun=begun)
     for shard in source.shards[len(made.shards) :]:
         rows = np.arange(shard.start, shard.start + shard.count)
-        made.add([made.store_copy(source, shard, source.read(rows).memories)])
-        report(f"bank {url}: {made.rows:,} of {source.rows:,} references")
+        made.add([made.store_copy(source, shard, source.read_any(rows).memories)])
+        progress(made.rows)
+    if not made.lacks_the_same(source):
+        made.lack_the_same(source)
     errors = measure(source, made, seed=seed)
     return QuantizeReport(
         codec=codec,
@@ -154,7 +163,9 @@ def _attention(asking: np.ndarray, read: np.ndarray, valid: np.ndarray, group: i
 
 
 def _some_rows(bank: Bank, count: int, generator: np.random.Generator) -> Int[np.ndarray, " n"]:
-    return np.sort(generator.permutation(bank.rows)[:count])
+    alive = bank.alive()
+    living = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    return np.sort(generator.permutation(living)[:count])
 
 
 def _blocks(bank: Bank, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Bool[np.ndarray, "n m"]]]:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from jaxlab.errors import BankError
+from jaxlab.memory.header import BankSpec
+
 REFERENCES = "references.jsonl"
 SOURCES = "sources.json"
 MEMORIES = ("memories", "codes")
@@ -42,6 +45,38 @@ class StoredReference:
         return cls(**{**values, "ids": tuple(values.get("ids", ()))})
 
 
+def shard_arrays(
+    spec: BankSpec, memories: Any, kept: Any, embeddings: Any, count: int, *, url: str
+) -> dict[str, np.ndarray]:
+    """The arrays of a shard, by name; raises BankError for one that does not fit the bank."""
+    arrays = {
+        spec.stored_name: memories,
+        "embeddings": np.ascontiguousarray(embeddings, np.float32),
+        "kept": np.ascontiguousarray(kept, np.int32),
+    }
+    shapes = {
+        spec.stored_name: (count, *spec.stored_shape),
+        "embeddings": (count, spec.embedding_dim),
+        "kept": (count,),
+    }
+    if not count:
+        raise BankError("nothing to append: the list of references is empty")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise BankError(
+                f"append to {url}: {name} have shape {arrays[name].shape}, expected {shape}"
+            )
+    if memories.dtype != spec.stored_dtype:
+        raise BankError(
+            f"append to {url}: memories are {memories.dtype}, the bank holds {spec.stored_dtype}"
+        )
+    if arrays["kept"].min() < 0 or arrays["kept"].max() > spec.memory_shape[3]:
+        raise BankError(f"append to {url}: kept must lie between 0 and {spec.memory_shape[3]}")
+    if not np.isfinite(arrays["embeddings"]).all():
+        raise BankError(f"append to {url}: an embedding is not finite")
+    return arrays
+
+
 def encode_shard(
     arrays: Mapping[str, np.ndarray], references: Sequence[StoredReference]
 ) -> dict[str, bytes]:
@@ -51,7 +86,7 @@ def encode_shard(
     places = {source: place for place, source in enumerate(sources)}
     arrays = {
         **arrays,
-        "lines": _line_table(lines),
+        "lines": line_table(references),
         "source": np.array([places[reference.source] for reference in references], np.int32),
     }
     objects = {}
@@ -67,8 +102,9 @@ def read_line(line: bytes, crc: int) -> StoredReference:
     return StoredReference.from_line(line)
 
 
-def _line_table(lines: Sequence[bytes]) -> np.ndarray:
+def line_table(references: Sequence[StoredReference]) -> np.ndarray:
     """Start, length and CRC-32 of each line."""
+    lines = [reference.to_line() for reference in references]
     lengths = np.array([len(line) for line in lines], np.uint64)
     sums = np.array([zlib.crc32(line) for line in lines], np.uint64)
     return np.stack([np.cumsum(lengths) - lengths, lengths, sums], axis=1)
@@ -76,25 +112,50 @@ def _line_table(lines: Sequence[bytes]) -> np.ndarray:
 
 def encode_array(name: str, values: np.ndarray) -> dict[str, bytes]:
     """The objects of one array, under its name."""
-    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
     # One memory is one inner chunk; the small arrays are read whole.
     inner = (1, *values.shape[1:]) if name in MEMORIES else values.shape
-    spec = _zarr_spec(values, inner=inner)
-    ts.open(spec, kvstore=scratch / f"{name}/", create=True).result().write(values).result()
+    sharding = {"chunk_shape": list(inner), "codecs": _CODECS, "index_codecs": _CODECS}
+    sharding["index_location"] = "end"
+    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    return _encode(name, values, _zarr_spec(values, values.shape, codecs))
+
+
+def encode_cold(name: str, memories: np.ndarray, cold: np.ndarray) -> dict[str, bytes]:
+    """The objects of an array whose memories lie each alone, those that are not ``cold``."""
+    spec = _zarr_spec(memories, (1, *memories.shape[1:]), _CODECS)
+    objects = _encode(name, None, spec)
+    for row in np.flatnonzero(~cold).tolist():
+        objects[lone_key(name, row, memories.ndim)] = encode_lone(memories[row])
+    return objects
+
+
+def encode_lone(memory: np.ndarray) -> bytes:
+    """One memory of a cold shard."""
+    values = np.ascontiguousarray(memory)[None]
+    objects = _encode("one", values, _zarr_spec(values, values.shape, _CODECS))
+    return objects[lone_key("one", 0, values.ndim)]
+
+
+def lone_key(name: str, row: int, axes: int) -> str:
+    """Where the memory of a row lies in a cold shard."""
+    return "/".join([name, "c", str(row), *"0" * (axes - 1)])
+
+
+# The checksum of each memory: one with a flipped bit is not read.
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def _encode(name: str, values: np.ndarray | None, spec: dict[str, Any]) -> dict[str, bytes]:
+    scratch = ts.KvStore.open("memory://", context=ts.Context()).result()
+    array = ts.open(spec, kvstore=scratch / f"{name}/", create=True).result()
+    if values is not None:
+        array.write(values).result()
     return {key.decode(): scratch.read(key).result().value for key in scratch.list().result()}
 
 
-def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
-    sharding = {
-        "chunk_shape": list(inner),
-        # The checksum of each inner chunk: a memory with a flipped bit is not read.
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "index_codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "crc32c"},
-        ],
-        "index_location": "end",
-    }
+def _zarr_spec(
+    values: np.ndarray, chunk: Sequence[int], codecs: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         # Otherwise a memory of zeros is left out and sizes depend on the content.
@@ -102,10 +163,7 @@ def _zarr_spec(values: np.ndarray, *, inner: tuple[int, ...]) -> dict[str, Any]:
         "metadata": {
             "shape": list(values.shape),
             "data_type": values.dtype.name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": list(values.shape)},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            "codecs": codecs,
         },
     }

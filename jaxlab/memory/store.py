@@ -3,6 +3,7 @@
 Layout, every object written through TensorStore::
 
     header.json                    what is in the bank; the commit point of every change
+    deleted/                       numbers of the rows that were deleted
     embedder/embedder.npz          state of a fitted embedder
     codec/codec.faiss              the codec of a quantized bank
     shards/000000-WRITER/          the first shard, under a name that only its writer uses
@@ -17,20 +18,22 @@ Layout, every object written through TensorStore::
 
 A shard is written once, by one ``append``, and exists from the moment the header lists it. One
 memory is one inner chunk of the zarr3 shard, with a checksum: it is read with one range request,
-and a damaged one is an error. Whoever opened the bank for writing last is its writer; a former one
+and a damaged one is an error. In a cold shard the memories are objects of their own, each written
+when it is first read. Whoever opened the bank for writing last is its writer; a former one
 can add nothing more. Any number of readers, each of which sees the bank as it was when opened.
 """
 
 import contextlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.header import (
@@ -46,19 +49,29 @@ from jaxlab.memory.header import (
 from jaxlab.memory.objects import (
     default_context,
     delete_folder,
+    delete_object,
     list_folders,
     open_kvstore,
     read_object,
     write_object,
 )
 from jaxlab.memory.reading import BankReader, StoredMemories
-from jaxlab.memory.shards import StoredReference, encode_array, encode_shard
-from jaxlab.memory.verify import VerifyReport
+from jaxlab.memory.shards import (
+    StoredReference,
+    encode_array,
+    encode_cold,
+    encode_lone,
+    encode_shard,
+    shard_arrays,
+)
+from jaxlab.memory.verify import RepairReport, VerifyReport
 
+SHARD_REFERENCES = 1024
 __all__ = [
     "Bank",
     "BankIdentity",
     "BankSpec",
+    "RepairReport",
     "StoredMemories",
     "StoredReference",
     "VerifyReport",
@@ -167,7 +180,7 @@ class Bank(BankReader):
         is what it was before. A quantized bank takes memories or their codes. The shard is put
         together in host memory, so append some hundred references of a large model at a time.
         """
-        self._require_writable()
+        self.require_writable()
         shard = self.store(
             memories,
             kept,
@@ -179,24 +192,72 @@ class Bank(BankReader):
         self.add([shard])
         return range(shard.start, shard.start + shard.count)
 
+    def append_cold(
+        self, embeddings: Float[np.ndarray, "n dim"], references: Sequence[StoredReference]
+    ) -> range:
+        """As :meth:`append`, of references whose memories are encoded when they are first read."""
+        self.require_writable()
+        number, start = self.next_number, self.rows
+        self.add([self.store(None, None, embeddings, references, number=number, start=start)])
+        return range(start, self.rows)
+
     def store(
         self,
-        memories: Shaped[np.ndarray, "n Lm 2 K m H"],
-        kept: Int[np.ndarray, " n"],
+        memories: Shaped[np.ndarray, "n Lm 2 K m H"] | None,
+        kept: Int[np.ndarray, " n"] | None,
         embeddings: Float[np.ndarray, "n dim"],
         references: Sequence[StoredReference],
         *,
         number: int,
         start: int,
+        cold: Bool[np.ndarray, " n"] | None = None,
     ) -> Shard:
         """Write the objects of a shard, which is in the bank once its writer adds it.
 
-        Several processes store shards of one bank at once, each its own ``number``. Raises as
-        :meth:`append` does.
+        None for ``memories`` makes a cold shard, and so does ``cold``: it says which of them are
+        not encoded. None for ``kept``: every token, as many as a memory has. Several processes
+        store shards of one bank at once, each its own ``number``. Raises as :meth:`append` does.
         """
-        arrays = self._check(memories, kept, embeddings, references)
-        objects = encode_shard(arrays, references)
-        return self._put(objects, number=number, start=start, count=len(references))
+        spec, count = self.spec, len(references)
+        if kept is None:
+            tokens = [reference.tokens for reference in references]
+            kept = np.minimum(np.array(tokens, np.int32), spec.memory_shape[3])
+        if memories is None:
+            cold = np.ones(count, bool)
+            memories = np.broadcast_to(spec.stored_dtype.type(0), (count, *spec.stored_shape))
+        arrays = shard_arrays(
+            spec, self._as_stored(np.asarray(memories)), kept, embeddings, count, url=self.url
+        )
+        if cold is None:
+            return self._put(encode_shard(arrays, references), number, start, count)
+        lone = encode_cold(spec.stored_name, arrays.pop(spec.stored_name), cold)
+        return self._put(
+            encode_shard(arrays, references), number, start, count, cold=True, lone=lone
+        )
+
+    def warm(
+        self, rows: Int[np.ndarray, " n"], memories: Shaped[np.ndarray, "n Lm 2 K m stored"]
+    ) -> None:
+        """Store the memories of cold references, each at once or not at all.
+
+        For readers, too, and for several at once: model and text decide what is stored. Rows that
+        lie in no cold shard are left as they are.
+        """
+        stored = self._as_stored(np.asarray(memories))
+        wanted = (len(rows), *self.spec.stored_shape)
+        if stored.shape != wanted or stored.dtype != self.spec.stored_dtype:
+            raise BankError(
+                f"warm {self.url}: memories are {stored.dtype} of shape {stored.shape}, expected"
+                f" {self.spec.stored_dtype} of shape {wanted}"
+            )
+        self._require_living(np.asarray(rows, np.int64))
+        order = np.argsort(rows, kind="stable")
+        for shard, inside, part in self._by_shard(np.asarray(rows, np.int64)[order]):
+            if not shard.cold:
+                continue
+            for row, place in zip(inside.tolist(), order[part], strict=True):
+                content = encode_lone(stored[place])
+                write_object(self._kvstore, self._lone_key(shard, row), content, url=self.url)
 
     def store_copy(
         self,
@@ -209,7 +270,7 @@ class Bank(BankReader):
         same = {path for path in shard.files if not path.startswith(old)}
         objects = {path: source.object_of(shard, path) for path in same}
         objects |= encode_array(new, self._as_stored(memories))
-        return self._put(objects, number=self.next_number, start=shard.start, count=shard.count)
+        return self._put(objects, self.next_number, shard.start, shard.count)
 
     def add(self, shards: Sequence[Shard]) -> None:
         """List stored shards in the header: its writer commits it, others only take note.
@@ -224,53 +285,84 @@ class Bank(BankReader):
         else:
             self._commit(header)
 
-    def _put(self, objects: Mapping[str, bytes], *, number: int, start: int, count: int) -> Shard:
-        """Write the objects of a shard, or none of them."""
-        files = {path: StoredFile.of(content) for path, content in objects.items()}
+    def delete(self, *, rows: Iterable[SupportsIndex] = (), sources: Iterable[str] = ()) -> int:
+        """Delete references, by row or by source; their number, without those deleted before.
+
+        They are never read again, and other row numbers stay; :meth:`compact` gives back the room.
+        Raises BankError for a row that the bank does not have.
+        """
+        self.require_writable()
+        rows = np.fromiter(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise BankError(f"bank {self.url} has no reference {rows.max()}; nothing was deleted")
+        alive = self.alive()
+        before = np.ones(self.rows, bool) if alive is None else alive
+        after = before & ~self.rows_of(sources)
+        after[rows] = False
+        if (gone := int(before.sum() - after.sum())) > 0:
+            content = np.flatnonzero(~after).astype("<i8").tobytes()
+            header = replace(self._header, deleted_file=StoredFile.of(content))
+            write_object(self._kvstore, header.deleted_key, content, url=self.url)
+            self._commit(header)
+        return gone
+
+    def compact(self, *, shard_references: int = SHARD_REFERENCES) -> int:
+        """Rewrite shards without deleted references; see :func:`jaxlab.memory.upkeep.compact`."""
+        from jaxlab.memory import upkeep
+
+        return upkeep.compact(self, shard_references=shard_references)
+
+    def repair(self, **options: Any) -> RepairReport:
+        """Make damaged shards again, or set them aside; see :func:`jaxlab.memory.upkeep.repair`."""
+        from jaxlab.memory import upkeep
+
+        return upkeep.repair(self, **options)
+
+    def lack_the_same(self, other: BankReader) -> None:
+        """Take over what was deleted or lost in another bank of the same rows."""
+        header = replace(
+            self._header, deleted_file=other._header.deleted_file, lost=other._header.lost
+        )
+        if header.deleted_file is not None:
+            content = other._checked(header.deleted_key, header.deleted_file)
+            write_object(self._kvstore, header.deleted_key, content, url=self.url)
+        self._commit(header)
+
+    def forget(self, shard: Shard, paths: Iterable[str]) -> int:
+        """Delete memories of a cold shard, which are encoded again when they are next read."""
+        gone = [delete_object(self._kvstore, shard.folder + p, url=self.url) for p in paths]
+        return len(gone)
+
+    def exchange(self, shards: Sequence[Shard], **changes: Any) -> None:
+        """Commit another list of shards in one go, then delete what is no longer listed."""
+        self._commit(replace(self._header, shards=tuple(shards), **changes))
+        # What cannot be deleted now goes when the bank is next opened for writing.
+        with contextlib.suppress(BankError):
+            self._sweep()
+
+    def _put(
+        self,
+        objects: Mapping[str, bytes],
+        number: int,
+        start: int,
+        count: int,
+        *,
+        cold: bool = False,
+        lone: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Shard:
+        """Write the objects of a shard, or none; of ``lone`` no memory is listed in the header."""
+        listed = {**objects, **{path: each for path, each in lone.items() if "/c/" not in path}}
+        files = {path: StoredFile.of(content) for path, content in listed.items()}
         name = f"{number:06d}-{self._header.writer}"
-        shard = Shard(name=name, start=start, count=count, files=files)
+        shard = Shard(name=name, start=start, count=count, files=files, cold=cold)
         try:
-            for path, content in objects.items():
+            for path, content in {**objects, **lone}.items():
                 write_object(self._kvstore, shard.folder + path, content, url=self.url)
         except BaseException:
             with contextlib.suppress(BankError):
                 delete_folder(self._kvstore, shard.folder, url=self.url)
             raise
         return shard
-
-    def _check(self, memories: Any, kept: Any, embeddings: Any, references: Any) -> dict[str, Any]:
-        """The arrays of a shard, once they are known to fit the bank."""
-        spec, n = self.spec, len(references)
-        arrays = {
-            spec.stored_name: self._as_stored(np.asarray(memories)),
-            "embeddings": np.ascontiguousarray(embeddings, np.float32),
-            "kept": np.ascontiguousarray(kept, np.int32),
-        }
-        shapes = {
-            spec.stored_name: (n, *spec.stored_shape),
-            "embeddings": (n, spec.embedding_dim),
-            "kept": (n,),
-        }
-        if not n:
-            raise BankError("nothing to append: the list of references is empty")
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape:
-                raise BankError(
-                    f"append to {self.url}: {name} have shape {arrays[name].shape},"
-                    f" expected {shape}"
-                )
-        if arrays[spec.stored_name].dtype != spec.stored_dtype:
-            raise BankError(
-                f"append to {self.url}: memories are {arrays[spec.stored_name].dtype}, the bank"
-                f" holds {spec.stored_dtype}"
-            )
-        if arrays["kept"].min() < 0 or arrays["kept"].max() > spec.memory_shape[3]:
-            raise BankError(
-                f"append to {self.url}: kept must lie between 0 and {spec.memory_shape[3]}"
-            )
-        if not np.isfinite(arrays["embeddings"]).all():
-            raise BankError(f"append to {self.url}: an embedding is not finite")
-        return arrays
 
     def _as_stored(self, memories: np.ndarray) -> np.ndarray:
         """Memories, or the codes of them in a quantized bank, which may be given already."""
@@ -279,7 +371,8 @@ class Bank(BankReader):
             memories = self.codec.encode(memories.astype(np.float32))
         return np.ascontiguousarray(memories)
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
+        """Raise BankError when opened for reading or changed by another writer."""
         if self._generation is None:
             raise BankError(f"bank {self.url} is not open for writing; open it with write=True")
         if read_object(self._kvstore, HEADER_FILE, self.url).stamp.generation != self._generation:
@@ -306,10 +399,13 @@ class Bank(BankReader):
         self._generation = stamp.generation
 
     def _sweep(self) -> None:
-        """Delete shards that no header lists: a writer was killed before its commit."""
-        known = {shard.name for shard in self.shards}
-        for name in list_folders(self._kvstore, "shards/", url=self.url) - known:
+        """Delete what the header does not list: rests of killed writers, and what was replaced."""
+        for name in list_folders(self._kvstore, "shards/", url=self.url) - self._header.names:
             delete_folder(self._kvstore, f"shards/{name}/", url=self.url)
+        listed = {self._header.deleted_key} if self._header.deleted_file else set()
+        for name in list_folders(self._kvstore, "deleted/", url=self.url):
+            if f"deleted/{name}" not in listed:
+                delete_object(self._kvstore, f"deleted/{name}", url=self.url)
 
 
 def bank_exists(url: str | os.PathLike[str]) -> bool:

@@ -1,16 +1,20 @@
 """Reading a whole bank back against the checksums in its header."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlab.memory.header import Header, StoredFile
+from jaxlab.memory.header import Header, Shard, StoredFile
 from jaxlab.memory.objects import reason
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What ``Bank.verify`` found; ``problems`` has one line for each bad file."""
+    """What ``Bank.verify`` found; ``problems`` has one line for each bad file, ``keys`` its place.
+
+    ``cold`` references have no memory yet.
+    """
 
     shards: int
     references: int
@@ -18,6 +22,8 @@ class VerifyReport:
     damaged: tuple[str, ...]
     missing: tuple[str, ...]
     problems: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    cold: int = 0
 
     @property
     def ok(self) -> bool:
@@ -25,24 +31,55 @@ class VerifyReport:
         return not self.problems
 
 
-def verify_objects(kvstore: Any, header: Header) -> VerifyReport:
-    """Compare every object that ``header`` lists with its size and SHA-256."""
+@dataclass(frozen=True)
+class RepairReport:
+    """What ``Bank.repair`` did; ``lost`` has one line for each shard that was set aside.
+
+    ``forgotten`` memories of cold shards will be encoded again; ``problems`` are left.
+    """
+
+    repaired: tuple[str, ...]
+    set_aside: tuple[str, ...]
+    lost: tuple[str, ...]
+    forgotten: int
+    problems: tuple[str, ...]
+
+
+def verify_objects(
+    kvstore: Any,
+    header: Header,
+    check_lone: Callable[[Shard], tuple[int, list[tuple[str, str]]]],
+) -> VerifyReport:
+    """Compare every object that ``header`` lists with its size and SHA-256.
+
+    ``check_lone`` reads the memories of a cold shard, which the header does not list.
+    """
     tasks = header.objects()
-    damaged, missing, problems = {}, {}, []
+    found = []
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda task: _problem(kvstore, *task[1:]), tasks)
-        for (owner, key, _), wrong in zip(tasks, found, strict=True):
-            if wrong:
-                name = owner.removeprefix("shard ")
-                (missing if wrong == "missing" else damaged)[name] = True
-                problems.append(f"{owner}: {key} is {wrong}")
+        wrong = pool.map(lambda task: _problem(kvstore, *task[1:]), tasks)
+        found += [(*task[:2], problem) for task, problem in zip(tasks, wrong, strict=True)]
+    cold, bad = 0, {owner for owner, _, problem in found if problem}
+    for shard in header.shards:
+        # What lies in a damaged shard is not read: it is bad anyhow.
+        if shard.cold and f"shard {shard.name}" not in bad:
+            encoded, damaged = check_lone(shard)
+            cold += shard.count - encoded
+            found += [(f"shard {shard.name}", *each) for each in damaged]
+    found = [each for each in found if each[2]]
+    names = {"missing": {}, "damaged": {}}
+    for owner, _, problem in found:
+        kind = "missing" if problem == "missing" else "damaged"
+        names[kind][owner.removeprefix("shard ")] = True
     return VerifyReport(
         shards=len(header.shards),
-        references=header.rows,
+        references=sum(shard.count for shard in header.shards),
         bytes=sum(record.bytes for _, _, record in tasks),
-        damaged=tuple(damaged),
-        missing=tuple(missing),
-        problems=tuple(problems),
+        damaged=tuple(names["damaged"]),
+        missing=tuple(names["missing"]),
+        problems=tuple(f"{owner}: {key} is {problem}" for owner, key, problem in found),
+        keys=tuple(key for _, key, _ in found),
+        cold=cold,
     )
 
 

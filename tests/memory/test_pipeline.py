@@ -9,6 +9,7 @@ from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory import pipeline
 from jaxlab.memory.pipeline import bank_exists, write_bank
+from jaxlab.memory.progress import Progress
 from jaxlab.memory.store import Bank
 from tests.inference.small import (
     TEXTS,
@@ -56,15 +57,62 @@ def test_the_size_of_shards_changes_nothing_that_is_read(tmp_path):
     assert one.references(range(8)) == three.references(range(8))
 
 
-def test_more_references_than_a_batch_are_encoded_each_like_itself(tmp_path):
-    encode = small_encoder()
+def drawn(count: int = 90) -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(0)
-    tokens = draw.integers(270, 290, (40, 12)).astype(np.int32)
-    lengths = draw.integers(1, 13, 40).astype(np.int32)
+    tokens = draw.integers(270, 290, (count, 12)).astype(np.int32)
+    lengths = draw.integers(1, 13, count).astype(np.int32)
+    tokens[np.arange(12) >= lengths[:, None]] = 0
+    return tokens, lengths
+
+
+def test_more_references_than_a_batch_are_encoded_each_like_itself():
+    encode = small_encoder()
+    tokens, lengths = drawn()
     whole = encode(tokens, lengths)
-    assert whole.shape == (40, 2, 2, 2, 4, 8)
-    for few in (slice(0, 3), slice(30, 34), slice(39, 40)):
-        np.testing.assert_allclose(whole[few], encode(tokens[few], lengths[few]), atol=1e-6)
+    assert whole.shape == (90, 2, 2, 2, 4, 8)
+    for few in (slice(0, 3), slice(30, 34), slice(39, 40), slice(None, None, -1)):
+        np.testing.assert_array_equal(whole[few], encode(tokens[few], lengths[few]))
+
+
+def test_batches_are_as_wide_as_their_references_need(monkeypatch):
+    """At full width each gives the same memory, to the last places."""
+    encode, shapes = small_encoder(), []
+    tokens, lengths = drawn()
+    batch = type(encode)._batch
+
+    def watched(self, tokens, lengths):
+        shapes.append((tokens.shape, lengths))
+        return batch(self, tokens, lengths)
+
+    monkeypatch.setattr(type(encode), "_batch", watched)
+    found = encode(tokens, lengths)
+    # Not 3, a quarter: a memory takes 4.
+    short = int((lengths <= 6).sum())
+    assert sorted({shape[1] for shape, _ in shapes}) == [6, 12]
+    for width, count in ((6, short), (12, 90 - short)):
+        sizes = [shape[0] for shape, _ in shapes if shape[1] == width]
+        assert sum(sizes) == count and len(sizes) == -(-count // 32)
+    assert all((each <= shape[1]).all() for shape, each in shapes)
+    valid = np.arange(4) < lengths[:, None]
+    for start in range(0, 90, 32):
+        some = slice(start, start + 32)
+        wide = batch(encode, tokens[some], lengths[some])
+        kept = np.moveaxis(np.stack([found[some], wide]), 5, 2)[:, valid[some]]
+        np.testing.assert_allclose(*kept, atol=1e-5)
+
+
+def test_progress_says_how_fast_it_goes_and_when_it_will_end():
+    clock, lines = iter([0.0, 2.0, 4.0, 100.0, 110.0, 300.0]), []
+    progress = Progress(lines.append, "bank b", 1_000_000, begun=200, clock=lambda: next(clock))
+    for done in (2_200, 999_000, 1_200, 210, 1_000_000):
+        progress(done)
+    assert lines == [
+        "bank b: 2,200 of 1,000,000 references, 1,000/s, 17 min left",
+        "bank b: 999,000 of 1,000,000 references, 249,700/s, 1 s left",
+        "bank b: 1,200 of 1,000,000 references, 10/s, 27.7 h left",
+        "bank b: 210 of 1,000,000 references, 0.091/s, 3054.9 h left",
+        "bank b: 1,000,000 of 1,000,000 references, 3,333/s",
+    ]
 
 
 class Killed(BaseException):
@@ -130,7 +178,9 @@ def test_the_embedder_that_the_configuration_names_is_fitted_and_kept(tmp_path, 
     lines = []
     write_bank(model, documents, str(tmp_path / "bank"), report=lines.append)
     bank = Bank.open(str(tmp_path / "bank"), identity=model.identity)
-    assert bank.spec.embedder == "lsa" and lines == [f"bank {tmp_path}/bank: 3 of 3 references"]
+    assert bank.spec.embedder == "lsa"
+    (line,) = lines
+    assert line.startswith(f"bank {tmp_path}/bank: 3 of 3 references, ") and line.endswith("/s")
     rows = bank.embedder().embed(["ef gh", "ab cd"]) @ bank.embeddings().T
     assert rows.argmax(axis=1).tolist() == [1, 0]
 

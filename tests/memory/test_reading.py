@@ -5,7 +5,7 @@ import pytest
 import tensorstore as ts
 
 from jaxlab.errors import BankError
-from jaxlab.memory import reading
+from jaxlab.memory import access
 from jaxlab.memory.store import Bank, StoredReference
 from tests.memory.stored import SPEC, contents, written
 
@@ -60,7 +60,7 @@ def test_sources_are_found_without_their_texts(tmp_path):
 
 def test_arrays_that_were_closed_are_opened_again(tmp_path, monkeypatch):
     written(tmp_path, counts=(3, 2, 4))
-    monkeypatch.setattr(reading, "_OPEN_ARRAYS", 2)
+    monkeypatch.setattr(access, "_OPEN_ARRAYS", 2)
     bank, ids = Bank.open(tmp_path), [8, 0, 4, 3]
     first = bank.read(ids).memories.tobytes()
     assert bank.read(ids).memories.tobytes() == first

@@ -34,7 +34,7 @@ def test_whatever_was_read_before_the_same_comes(bank):
     one = whole.memories[0].nbytes
     rng = np.random.default_rng(0)
     for limit in (0, one - 1, one, 3 * one, 100 * one):
-        recent = RecentMemories(bank, limit)
+        recent = RecentMemories(bank.read, limit)
         for _ in range(20):
             ids = rng.integers(-1, COUNT, (2, 3))
             found = recent.read(ids)
@@ -47,7 +47,7 @@ def test_whatever_was_read_before_the_same_comes(bank):
 
 def test_only_what_is_not_there_is_read_and_what_was_used_longest_ago_goes(bank, reads):
     one = bank.spec.bytes_per_reference
-    recent = RecentMemories(bank, 3 * one)
+    recent = RecentMemories(bank.read, 3 * one)
     for ids, wanted in (
         ([0, 1, 2, 2], [0, 1, 2]),
         ([2, 0], []),
@@ -61,7 +61,7 @@ def test_only_what_is_not_there_is_read_and_what_was_used_longest_ago_goes(bank,
 
 
 def test_without_room_everything_is_read_each_time(bank, reads):
-    recent = RecentMemories(bank, 0)
+    recent = RecentMemories(bank.read, 0)
     for _ in range(2):
         recent.read(np.array([5, 5, -1]))
     assert reads == [[5], [5]]
@@ -69,7 +69,7 @@ def test_without_room_everything_is_read_each_time(bank, reads):
 
 
 def test_what_comes_is_the_callers_own(bank):
-    recent = RecentMemories(bank, 1 << 20)
+    recent = RecentMemories(bank.read, 1 << 20)
     recent.read(np.array([1])).memories.view(np.uint16)[:] = 7
     again = recent.read(np.array([1]))
     assert bits(again.memories) == bits(bank.read([1]).memories)
@@ -79,7 +79,7 @@ def test_what_comes_is_the_callers_own(bank):
 
 def test_several_threads_read_one_bank(bank):
     whole, wrong = bank.read(np.arange(COUNT)), []
-    recent = RecentMemories(bank, 4 * bank.spec.bytes_per_reference)
+    recent = RecentMemories(bank.read, 4 * bank.spec.bytes_per_reference)
 
     def work(seed):
         rng = np.random.default_rng(seed)

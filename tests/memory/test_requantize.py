@@ -90,7 +90,7 @@ def silent(texts):
 
 def test_a_quantized_bank_takes_memories_and_codes_alike(tmp_path, banks):
     source, _, made = banks
-    raw, kept = source.read(range(3))
+    raw, kept, _ = source.read(range(3))
     codes, texts = made.codec.encode(raw), source.references(range(3))
     found = []
     for name, memories in (("raw", raw), ("codes", codes)):
@@ -119,7 +119,7 @@ def test_the_errors_are_those_of_their_definitions(banks):
     """By hand, one query at a time, over what the codec makes of the memories."""
     source, report, made = banks
     rows = np.sort(np.random.default_rng(0).permutation(24))
-    raw, kept = source.read(rows)
+    raw, kept, _ = source.read(rows)
     lost = made.codec.decode(made.read(rows).memories)
     square = {"keys": [0, 0], "values": [0, 0], "outputs": [0, 0]}
     for n in range(24):

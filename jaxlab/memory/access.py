@@ -1,0 +1,126 @@
+"""Objects in the shards of a bank: arrays, texts, lone memories, each checked where it is read."""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int
+
+from jaxlab.errors import BankError
+from jaxlab.memory.header import BankSpec, Header, Shard, StoredFile
+from jaxlab.memory.objects import list_folders, read_object, reason
+from jaxlab.memory.shards import SOURCES, lone_key
+
+# An open array takes some 10 kB; to open one again costs the request of its zarr.json.
+_OPEN_ARRAYS = 4096
+
+
+class ShardAccess:
+    """What lies in the shards of a bank. Every method raises BankError for what is damaged."""
+
+    _header: Header
+
+    def __init__(self, url: str, *, context: ts.Context, kvstore: Any) -> None:
+        self.url = url
+        self._context, self._kvstore = context, kvstore
+        self._array = functools.lru_cache(_OPEN_ARRAYS)(self._open_array)
+
+    @property
+    def spec(self) -> BankSpec:
+        """Shapes, dtype, identity and chunk grid of the bank."""
+        return self._header.spec
+
+    def object_of(self, shard: Shard, path: str) -> bytes:
+        """One object of a shard as it lies there; raises BankError when it is damaged."""
+        content = self._finish_object(shard, self._kvstore.read(shard.folder + path), path)
+        if StoredFile.of(content) != shard.files[path]:
+            raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
+        return content
+
+    def array_of(self, shard: Shard, name: str) -> np.ndarray:
+        """One array of a shard, whole."""
+        return self._finish(shard, self._start(shard, name, slice(None)))
+
+    def sources_of(self, shard: Shard) -> list[str]:
+        """The sources of a shard."""
+        return json.loads(self.object_of(shard, SOURCES))
+
+    def encoded(self, shard: Shard) -> Int[np.ndarray, " n"]:
+        """The rows, counted within a cold shard, whose memories are there."""
+        folder = f"{shard.folder}{self.spec.stored_name}/c/"
+        found = list_folders(self._kvstore, folder, url=self.url)
+        return np.array(sorted(map(int, found)), np.int64)
+
+    def check_lone(self, shard: Shard) -> tuple[int, list[tuple[str, str]]]:
+        """How many memories of a cold shard are encoded; key and trouble of each damaged one."""
+        rows = self.encoded(shard).tolist()
+        pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in rows]
+        damaged = []
+        for row, future in pending:
+            try:
+                self._finish_lone(shard, row, future)
+            except BankError:
+                damaged.append((self._lone_key(shard, row), "damaged: another checksum"))
+        return len(rows), damaged
+
+    def _lone_key(self, shard: Shard, row: int) -> str:
+        """Where the memory of a row, counted within a cold shard, lies in the bank."""
+        name, axes = self.spec.stored_name, 1 + len(self.spec.stored_shape)
+        return shard.folder + lone_key(name, row, axes)
+
+    def _open_array(self, folder: str, name: str, cold: bool) -> Any:
+        spec = {
+            "driver": "zarr3",
+            # Shards never change, but for memories that are encoded one by one.
+            "recheck_cached_data": True if cold else "open",
+            "recheck_cached_metadata": "open",
+            "fill_missing_data_reads": False,  # a lost file is an error, not zeros
+        }
+        base = self._kvstore / f"{folder}{name}/"
+        return ts.open(spec, kvstore=base, context=self._context).result()
+
+    def _start(self, shard: Shard, name: str, rows: Any) -> Any:
+        try:
+            cold = shard.cold and name == self.spec.stored_name
+            return self._array(shard.folder, name, cold)[rows].read()
+        except Exception as error:
+            raise self._unreadable(shard, error) from error
+
+    def _finish(self, shard: Shard, future: Any) -> Any:
+        try:
+            return future.result()
+        except Exception as error:
+            raise self._unreadable(shard, error) from error
+
+    def _finish_lone(self, shard: Shard, row: int, future: Any) -> np.ndarray | None:
+        """A memory of a cold shard; None when it has not been encoded."""
+        try:
+            return future.result()
+        except Exception as error:
+            if read_object(self._kvstore, self._lone_key(shard, row), self.url).state == "missing":
+                return None
+            raise self._unreadable(shard, error) from error
+
+    def _finish_object(self, shard: Shard, future: Any, name: str) -> bytes:
+        found = self._finish(shard, future)
+        if found.state == "missing":
+            raise self._unreadable(shard, FileNotFoundError(f"{name} is missing"))
+        return found.value
+
+    def _checked(self, key: str, record: StoredFile) -> bytes:
+        """An object that the header lists by itself."""
+        found = read_object(self._kvstore, key, self.url)
+        if found.state == "missing" or StoredFile.of(found.value) != record:
+            raise BankError(
+                f"bank {self.url}: {key} is damaged or missing; restore it from a copy,"
+                " or write the bank again"
+            )
+        return found.value
+
+    def _unreadable(self, shard: Shard, error: Exception) -> BankError:
+        return BankError(
+            f"bank {self.url}: shard {shard.name} cannot be read ({reason(error)});"
+            " run `jaxlab memory verify` to see what is damaged"
+        )

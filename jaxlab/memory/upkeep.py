@@ -1,0 +1,189 @@
+"""Looking after a bank: give back the room of deleted references, make damaged shards again."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from jaxlab.errors import BankError, ConfigError
+from jaxlab.memory.embedders import ModelEmbed
+from jaxlab.memory.header import LostShard, Shard
+from jaxlab.memory.shards import REFERENCES, StoredReference
+from jaxlab.memory.store import Bank
+from jaxlab.memory.verify import RepairReport
+
+Encode = Callable[[Sequence[StoredReference]], np.ndarray]
+
+
+def compact(bank: Bank, *, shard_references: int) -> int:
+    """Rewrite shards without deleted references; how many shards were written.
+
+    Neighbours that are small, or cold, are put together in shards of ``shard_references``; a shard
+    that is whole stays as it is. Rows are numbered anew, in the same order: an index of the bank
+    and citations of it are of no use afterwards, and readers have to open it again. All happens in
+    one commit: a bank whose writer was killed is what it was.
+    """
+    bank.require_writable()
+    alive = bank.alive()
+    alive = np.ones(bank.rows, bool) if alive is None else alive
+    shards, start, number, written = [], 0, bank.next_number, 0
+    for run in _runs(bank, alive, shard_references):
+        if isinstance(run, Shard):
+            made = [dataclasses.replace(run, start=start)]
+        else:
+            made = []
+            for first in range(0, len(run), shard_references):
+                rows = run[first : first + shard_references]
+                made.append(_rewrite(bank, rows, number=number + written, start=start + first))
+                written += 1
+        shards += made
+        start += sum(shard.count for shard in made)
+    if written or bank.alive() is not None:
+        bank.exchange(shards, lost=(), deleted_file=None)
+    return written
+
+
+def _runs(bank: Bank, alive: np.ndarray, size: int) -> Iterator[Shard | np.ndarray]:
+    """In the order of rows: shards that stay, and rows of neighbours that are put together."""
+    pending: list[Shard] = []
+
+    def merged() -> Iterator[Shard | np.ndarray]:
+        whole = len(pending) == 1 and _is_whole(bank, pending[0], alive)
+        if whole:
+            yield pending[0]
+        elif pending:
+            rows = [s.start + np.flatnonzero(alive[s.start : s.start + s.count]) for s in pending]
+            yield np.concatenate(rows)
+        pending.clear()
+
+    for shard in bank.shards:
+        if shard.count >= size and _is_whole(bank, shard, alive):
+            yield from merged()
+            yield shard
+        else:
+            pending.append(shard)
+    yield from merged()
+
+
+def _is_whole(bank: Bank, shard: Shard, alive: np.ndarray) -> bool:
+    if not alive[shard.start : shard.start + shard.count].all():
+        return False
+    return not shard.cold or not bank.encoded(shard).size
+
+
+def _rewrite(bank: Bank, rows: np.ndarray, *, number: int, start: int) -> Shard:
+    found = bank.read(rows)
+    return bank.store(
+        found.memories,
+        found.kept,
+        bank.embeddings_of(rows),
+        bank.references(rows),
+        number=number,
+        start=start,
+        cold=found.cold if found.cold.any() else None,
+    )
+
+
+def repair(
+    bank: Bank, *, encode: Encode | None = None, model_embed: ModelEmbed | None = None
+) -> RepairReport:
+    """Make damaged shards again from what is sound of them; set aside those that cannot be.
+
+    With its texts sound a shard is made again: what else is damaged follows from them, memories if
+    there is an ``encode`` (:func:`jaxlab.memory.pipeline.reference_encoder`). A shard that is set
+    aside is read no more and its rows count as deleted; its files stay until :func:`compact`. A
+    damaged memory of a cold shard is forgotten, to be encoded when it is next read.
+
+    Raises BankError when the codec or the list of deleted rows is damaged: then nothing is known.
+    """
+    bank.require_writable()
+    found = bank.verify()
+    for owner in ("codec", "deleted"):
+        if owner in (*found.damaged, *found.missing):
+            raise BankError(
+                f"bank {bank.url}: the object {owner} is damaged and cannot be made again; restore"
+                " it from a copy, or write the bank again"
+            )
+    repaired, forgotten, lost, shards, aside = [], 0, [], [], []
+    for shard in bank.shards:
+        bad = {key.removeprefix(shard.folder) for key in found.keys if key.startswith(shard.folder)}
+        lone = {path for path in bad if path not in shard.files}
+        if bad and bad == lone:
+            forgotten += bank.forget(shard, lone)
+        elif bad:
+            number = bank.next_number + len(repaired)
+            made = _make_again(bank, shard, bad, encode, model_embed, number)
+            if made is None:
+                aside.append(LostShard(shard.name, shard.start, shard.count))
+                lost.append(_told(bank, shard))
+                continue
+            repaired.append(shard.name)
+            shard = made
+        shards.append(shard)
+    if repaired or aside:
+        bank.exchange(shards, lost=(*bank.lost, *aside))
+    left = tuple(line for line in found.problems if not line.startswith("shard "))
+    return RepairReport(
+        repaired=tuple(repaired),
+        set_aside=tuple(each.name for each in aside),
+        lost=tuple(lost),
+        forgotten=forgotten,
+        problems=left,
+    )
+
+
+def _make_again(
+    bank: Bank,
+    shard: Shard,
+    bad: set[str],
+    encode: Encode | None,
+    model_embed: ModelEmbed | None,
+    number: int,
+) -> Shard | None:
+    """The shard, written anew under another name; None when something cannot be had."""
+    spec = bank.spec
+
+    def sound(name: str) -> bool:
+        return not any(path.startswith(f"{name}/") for path in bad)
+
+    if REFERENCES in bad:
+        return None
+    lines = bank.object_of(shard, REFERENCES).splitlines()
+    references = [StoredReference.from_line(line) for line in lines]
+    rows = np.arange(shard.start, shard.start + shard.count)
+    memories = cold = kept = None
+    if sound("kept"):
+        kept = bank.array_of(shard, "kept")
+    if sound(spec.stored_name) and not shard.cold:
+        memories = bank.array_of(shard, spec.stored_name)
+    elif shard.cold and sound(spec.stored_name) and sound("kept"):
+        bank.forget(shard, [key.removeprefix(shard.folder) for key, _ in bank.check_lone(shard)[1]])
+        _, _, cold = found = bank.read_any(rows)
+        memories = found.memories
+    elif not shard.cold:
+        if encode is None:
+            return None
+        memories = encode(references)
+    if sound("embeddings"):
+        embeddings = bank.array_of(shard, "embeddings")
+    else:
+        try:
+            embedder = bank.embedder(model_embed=model_embed)
+        except (BankError, ConfigError):
+            return None
+        embeddings = embedder.embed([reference.text for reference in references])
+    return bank.store(
+        memories, kept, embeddings, references, number=number, start=shard.start, cold=cold
+    )
+
+
+def _told(bank: Bank, shard: Shard) -> str:
+    """Which references a shard held, as far as that can be read."""
+    last = shard.start + shard.count - 1
+    told = f"shard {shard.name}: rows {shard.start} to {last}"
+    try:
+        names = bank.sources_of(shard)
+    except BankError:
+        return f"{told} of sources that cannot be read"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{told} of {', '.join(names[:5])}{more}"

@@ -1,0 +1,336 @@
+"""Laws of deleting, compacting and repairing: what lives stays, what is damaged is not read."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxlab.data.sources import Document
+from jaxlab.errors import BankError
+from jaxlab.memory import pipeline
+from jaxlab.memory.pipeline import append_to_bank, reference_encoder
+from jaxlab.memory.read import MemoryReader
+from jaxlab.memory.store import Bank, StoredReference
+from tests.inference.small import (
+    TEXTS,
+    letters,
+    small_bank,
+    small_encoder,
+    small_model,
+    write_small_bank,
+)
+from tests.memory.stored import SPEC, bits, contents, files_of, written
+
+COUNTS = (3, 2, 4)
+
+
+def told(bank: Bank) -> list[tuple]:
+    """All that a bank says of its living references, in order."""
+    alive = bank.alive()
+    rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    found, embeddings = bank.read(rows), bank.embeddings()
+    texts = bank.references(rows)
+    return [
+        (bits(memory), int(kept), bool(cold), bits(embeddings[row]), text)
+        for row, memory, kept, cold, text in zip(rows, *found, texts, strict=True)
+    ]
+
+
+def flip(path) -> bytes:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    return content
+
+
+def part_of(folder, shard, kind):
+    """The first file of a kind in a shard."""
+    paths = sorted((folder / "shards" / shard.name).rglob("*"))
+    return next(path for path in paths if path.is_file() and kind in str(path))
+
+
+# Delete
+
+
+def test_deleted_rows_are_read_no_more_and_the_others_are_what_they_were(tmp_path):
+    whole = told(written(tmp_path, counts=COUNTS))
+    reader = Bank.open(tmp_path)
+    bank = Bank.open(tmp_path, write=True)
+    assert bank.alive() is None
+    assert bank.delete(rows=[1, 7]) == 2 and bank.delete(rows=[7, 3]) == 1
+    for each in (bank, Bank.open(tmp_path)):
+        assert (each.rows, len(each)) == (9, 6)
+        assert np.flatnonzero(~each.alive()).tolist() == [1, 3, 7]
+        assert told(each) == [whole[row] for row in (0, 2, 4, 5, 6, 8)]
+        for row in (1, 3, 7):
+            for read in (each.read, each.references):
+                with pytest.raises(BankError, match=f"reference {row} was deleted"):
+                    read([0, row])
+        assert each.verify().ok and each.stats()["references"] == 6
+        assert not each.read([-1]).memories.astype(np.float32).any()
+    assert told(reader) == whole  # as it was when opened
+    assert len(files_of(tmp_path / "deleted")) == 2
+    Bank.open(tmp_path, write=True)
+    assert len(files_of(tmp_path / "deleted")) == 1
+
+
+def test_a_source_is_deleted_whole(tmp_path):
+    bank = written(tmp_path, counts=COUNTS)
+    assert bank.sources() == {"source 0": 3, "source 1": 2, "source 2": 4}
+    assert bank.delete(rows=[0], sources=["source 2", "none"]) == 5
+    assert bank.sources() == {"source 0": 2, "source 1": 2}
+    assert np.flatnonzero(bank.alive()).tolist() == [1, 2, 3, 4]
+
+
+def test_what_is_appended_later_lives(tmp_path):
+    bank = written(tmp_path)
+    bank.delete(rows=[0, 4])
+    assert bank.append(*contents(2, seed=7)) == range(5, 7)
+    assert np.flatnonzero(~Bank.open(tmp_path).alive()).tolist() == [0, 4]
+
+
+def test_a_row_that_is_not_there_deletes_nothing(tmp_path):
+    bank = written(tmp_path)
+    for rows in ([1, 5], [-1, 1]):
+        with pytest.raises(BankError, match="has no reference .* nothing was deleted"):
+            bank.delete(rows=rows)
+    assert bank.alive() is None and bank.delete(rows=[]) == 0
+    with pytest.raises(BankError, match="not open for writing"):
+        Bank.open(tmp_path).delete(rows=[1])
+
+
+def test_a_damaged_list_of_deleted_rows_lets_nothing_be_read(tmp_path):
+    written(tmp_path).delete(rows=[1])
+    (file,) = (tmp_path / "deleted").iterdir()
+    for damage in (flip, lambda path: path.unlink()):
+        content = file.read_bytes()
+        damage(file)
+        bank = Bank.open(tmp_path)
+        report = bank.verify()
+        assert "deleted" in (*report.damaged, *report.missing)
+        for read in (lambda b: b.read([1]), lambda b: b.references([0]), len):
+            with pytest.raises(BankError, match=r"deleted/\w+ is damaged or missing"):
+                read(bank)
+        with pytest.raises(BankError, match="cannot be made again"):
+            Bank.open(tmp_path, write=True).repair()
+        file.write_bytes(content)
+
+
+def test_search_passes_over_the_deleted_and_gives_as_many_as_it_should(tmp_path):
+    bank = small_bank(tmp_path)
+    before = MemoryReader.open(bank, model_embed=letters).search(["aabb", "", "hhgg"], 8)
+    Bank.open(bank.url, write=True).delete(rows=[0, 6])
+    reader = MemoryReader.open(Bank.open(bank.url), model_embed=letters)
+    for k in (1, 2, 5, 8):
+        found = reader.search(["aabb", "", "hhgg"], k)
+        for row, scores, ids in zip(range(3), before.scores, before.ids, strict=True):
+            wanted = [(i, s) for i, s in zip(ids, scores, strict=True) if i not in (-1, 0, 6)]
+            wanted = (wanted + [(-1, -np.inf)] * k)[:k]
+            assert found.ids[row].tolist() == [i for i, _ in wanted]
+            assert found.scores[row].tolist() == [s for _, s in wanted]
+    living = np.array([1, 2, 3, 4, 5, 7])
+    shuffled = reader.shuffled(seed=0)
+    exchanged = shuffled._permutation[living]
+    assert sorted(exchanged) == living.tolist() and (exchanged != living).all()
+
+
+# Compact
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("dead", [(), (1, 3, 7), (3, 4), tuple(range(9))])
+def test_a_compacted_bank_says_the_same_of_what_lives(tmp_path, size, dead):
+    bank = written(tmp_path, counts=COUNTS)
+    bank.delete(rows=dead)
+    before = told(bank)
+    bank.compact(shard_references=size)
+    for each in (bank, Bank.open(tmp_path)):
+        assert told(each) == before and each.alive() is None and each.verify().ok
+        assert len(each) == each.rows == 9 - len(dead)
+        starts = [shard.start for shard in each.shards]
+        assert starts == [0, *itertools.accumulate(s.count for s in each.shards)][: len(starts)]
+    assert {p.name for p in (tmp_path / "shards").glob("*") if any(p.rglob("*.json"))} == {
+        shard.name for shard in bank.shards
+    }
+    assert not files_of(tmp_path / "deleted")
+    assert bank.append(*contents(2, seed=9)) == range(9 - len(dead), 11 - len(dead))
+    assert bank.verify().ok
+
+
+def test_compacting_leaves_whole_shards_alone_and_merges_small_ones(tmp_path):
+    bank = written(tmp_path, counts=(4, 1, 2, 4, 1))
+    names = [shard.name for shard in bank.shards]
+    assert bank.compact(shard_references=4) == 1
+    assert [shard.count for shard in bank.shards] == [4, 3, 4, 1]
+    kept = [shard.name for shard in bank.shards]
+    assert (kept[0], kept[2], kept[3]) == (names[0], names[3], names[4])
+    header = (tmp_path / "header.json").read_bytes()
+    assert bank.compact(shard_references=4) == 0
+    assert (tmp_path / "header.json").read_bytes() == header
+
+
+def test_compacting_merges_cold_shards_once_they_are_encoded(tmp_path):
+    bank = Bank.create(tmp_path, spec=SPEC)
+    memories, _, embeddings, references = contents(8)
+    for part in (slice(0, 4), slice(4, 8)):
+        bank.append_cold(embeddings[part], references[part])
+    bank.warm(np.array([0, 1, 2, 3, 6]), memories[[0, 1, 2, 3, 6]])
+    before = told(bank)
+    bank.compact(shard_references=4)
+    assert told(Bank.open(tmp_path)) == before and bank.verify().ok
+    assert [shard.cold for shard in bank.shards] == [False, True]
+    assert bank.cold_rows().tolist() == [4, 5, 7]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", [1, 7, 12, 13])
+def test_a_compaction_that_ends_before_its_commit_changes_nothing(tmp_path, monkeypatch, when):
+    from jaxlab.memory import store
+
+    bank = written(tmp_path, counts=COUNTS)
+    bank.delete(rows=[4])
+    before, files, calls = told(bank), files_of(tmp_path), []
+
+    def dying(kvstore, key, content, write=store.write_object, **options):
+        calls.append(key)
+        if len(calls) == when:
+            raise Killed
+        return write(kvstore, key, content, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store, "write_object", dying)
+        bank.compact(shard_references=4)
+    again = Bank.open(tmp_path, write=True)
+    assert told(again) == before and files_of(tmp_path) == files
+    again.compact(shard_references=4)
+    assert told(Bank.open(tmp_path)) == before
+
+
+# Repair
+
+
+class Encoder:
+    def __init__(self):
+        self.asked = 0
+        self._encode = reference_encoder(small_model(), small_encoder())
+
+    def __call__(self, references):
+        self.asked += len(references)
+        return self._encode(references)
+
+
+KINDS = ["memories/c", "memories/zarr", "embeddings", "kept", "lines", "source/", "sources.json"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_shard_with_sound_texts_is_made_again_as_it_was(tmp_path, kind, cold):
+    write_small_bank(tmp_path, shard_references=3, cold=cold)
+    bank = Bank.open(tmp_path / "bank", write=True)
+    if cold:
+        bank.warm(np.array([4]), small_encoder()(np.ones((1, 12), np.int32), np.array([12])))
+    before, mark = told(bank), bank.fingerprint()
+    flip(part_of(tmp_path / "bank", bank.shards[1], kind))
+    assert not bank.verify().ok
+    encode = Encoder()
+    done = Bank.open(bank.url, write=True).repair(encode=encode, model_embed=letters)
+    assert (done.set_aside, done.lost, done.problems) == ((), (), ())
+    after = Bank.open(bank.url)
+    assert after.verify().ok and after.fingerprint() == mark and after.alive() is None
+    if cold and kind == "memories/c":
+        assert (done.repaired, done.forgotten) == ((), 1)
+    else:
+        assert (done.repaired, done.forgotten) == ((bank.shards[1].name,), 0)
+    assert encode.asked == (3 if kind.startswith("memories") and not cold else 0)
+    again = told(after)
+    if cold and kind in ("memories/c", "memories/zarr", "kept"):
+        assert after.cold_rows().tolist() == list(range(8))  # is encoded when next read
+        after.warm(np.array([4]), small_encoder()(np.ones((1, 12), np.int32), np.array([12])))
+        again = told(after)
+    assert again == before
+    assert Bank.open(bank.url, write=True).repair().repaired == ()
+
+
+@pytest.mark.parametrize("kind", ["references.jsonl", "memories/c"])
+def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path, kind):
+    bank = written(tmp_path, counts=COUNTS)
+    whole, name = told(bank), bank.shards[1].name
+    flip(part_of(tmp_path, bank.shards[1], kind))
+    done = bank.repair()
+    assert (done.repaired, done.set_aside) == ((), (name,))
+    assert done.lost == (f"shard {name}: rows 3 to 4 of source 1",)
+    for each in (bank, Bank.open(tmp_path, write=True)):
+        assert each.verify().ok and (each.rows, len(each)) == (9, 7)
+        assert told(each) == whole[:3] + whole[5:]
+        with pytest.raises(BankError, match="reference 4 was deleted"):
+            each.read([4])
+        assert not each.embeddings()[3:5].any() and each.fingerprint() == bank.fingerprint()
+        assert not each.rows_of(["source 1"]).any()
+    assert (tmp_path / "shards" / name).is_dir()  # to be looked at
+    assert bank.read([5]).cold.tolist() == [False]
+    with pytest.raises(BankError, match="changed by another writer"):
+        bank.compact()
+    bank = Bank.open(tmp_path, write=True)
+    bank.compact()
+    assert told(bank) == whole[:3] + whole[5:] and bank.lost == ()
+    assert not files_of(tmp_path / "shards" / name)
+
+
+def test_the_last_shard_may_be_lost_and_its_rows_are_not_given_again(tmp_path):
+    bank = written(tmp_path)
+    flip(part_of(tmp_path, bank.shards[1], "references.jsonl"))
+    bank.repair()
+    assert bank.append(*contents(2, seed=8)) == range(5, 7)
+    bank = Bank.open(tmp_path)
+    assert np.flatnonzero(bank.alive()).tolist() == [0, 1, 2, 5, 6] and bank.verify().ok
+    assert bits(bank.read([5, 6]).memories) == bits(contents(2, seed=8)[0])
+
+
+def test_repairing_a_sound_bank_does_nothing(tmp_path):
+    bank = written(tmp_path)
+    header = (tmp_path / "header.json").read_bytes()
+    done = bank.repair()
+    assert (done.repaired, done.set_aside, done.lost, done.problems) == ((), (), (), ())
+    assert (tmp_path / "header.json").read_bytes() == header
+
+
+# Append
+
+
+def test_appending_adds_what_is_not_there_and_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "ReferenceEncoder", lambda model: small_encoder())
+    monkeypatch.setattr(type(small_model()), "embed_texts", lambda self, texts: letters(texts))
+    write_small_bank(tmp_path, TEXTS[:4])
+    url, silent = str(tmp_path / "bank"), {"report": lambda _: None}
+    Bank.open(url, write=True).delete(rows=[1])
+    documents = [Document(f"doc {n}", text) for n, text in enumerate(TEXTS)]
+    assert append_to_bank(small_model(), documents, url, shard_references=3, **silent) == 5
+    assert append_to_bank(small_model(), documents, url, **silent) == 0
+    bank = Bank.open(url)
+    assert [shard.count for shard in bank.shards] == [4, 3, 2] and len(bank) == 8
+    wanted = small_bank(tmp_path / "whole")
+    rows = [0, 4, 2, 3, 5, 6, 7, 8]
+    assert bank.references(rows) == wanted.references(range(8))
+    assert bits(bank.read(rows).memories) == bits(wanted.read(range(8)).memories)
+    other = dataclasses.replace(documents[0], id="elsewhere")
+    assert append_to_bank(small_model(), [other], url, **silent) == 1
+
+
+def test_a_reference_is_had_only_with_text_and_source(tmp_path):
+    bank = written(tmp_path)
+    first = bank.reference(0)
+    others = [
+        first,
+        dataclasses.replace(first, text="other"),
+        dataclasses.replace(first, source="other"),
+        StoredReference("", "", 0),
+        bank.reference(4),
+        first,
+    ]
+    assert bank.has(others).tolist() == [True, False, False, False, True, True]
+    bank.delete(rows=[4])
+    assert bank.has(others).tolist() == [True, False, False, False, False, True]

@@ -156,7 +156,7 @@ def _append(arguments: argparse.Namespace) -> None:
     from jaxlab.training.load import load_model
 
     documents = load_documents(arguments.data)
-    added = append_to_bank(load_model(arguments.run), documents, arguments.bank)
+    added = len(append_to_bank(load_model(arguments.run), documents, arguments.bank))
     print(json.dumps({"bank": arguments.bank, "added": added}))
 
 

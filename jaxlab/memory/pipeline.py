@@ -201,13 +201,15 @@ def append_to_bank(
     documents: Sequence[Document],
     url: str,
     *,
+    cold: bool = False,
     shard_references: int = SHARD_REFERENCES,
     report: Callable[[str], None] = print,
-) -> int:
-    """Add those references of ``documents`` that the bank does not have; their number.
+) -> range:
+    """Add those references of ``documents`` that the bank does not have; their row numbers.
 
-    One that was killed adds the rest when it is repeated. The bank's embedder stays as it was
-    fitted. Raises BankError when there is no bank, or it is another model's.
+    ``cold``: texts and embeddings now, each memory when it is first read. One that was killed adds
+    the rest when it is repeated. The bank's embedder stays as it was fitted. Raises BankError when
+    there is no bank, or it is another model's.
     """
     model.require_memory()
     length = model.config.memory.reference_length
@@ -216,11 +218,12 @@ def append_to_bank(
     embedder = bank.embedder(model_embed=model.embed_texts)
     stored = [_stored(references, row) for row in range(len(references))]
     new = np.flatnonzero(~bank.has(stored))
-    encode = ReferenceEncoder(model) if len(new) else None
+    encode = ReferenceEncoder(model) if len(new) and not cold else None
+    before = bank.rows
     progress = Progress(report, f"bank {url}", len(new))
     for start in range(0, len(new), shard_references):
         rows = new[start : start + shard_references]
-        memories = encode(references.tokens[rows], references.lengths[rows])
+        memories = encode and encode(references.tokens[rows], references.lengths[rows])
         some = [stored[row] for row in rows]
         shard = bank.store(
             memories,
@@ -232,7 +235,7 @@ def append_to_bank(
         )
         bank.add([shard])
         progress(start + len(rows))
-    return len(new)
+    return range(before, bank.rows)
 
 
 def _stored(references: References, row: int) -> StoredReference:

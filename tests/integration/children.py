@@ -275,6 +275,21 @@ def die_after_append(count: int) -> None:
     Bank.add = adding
 
 
+def die_at_object(count: int) -> None:
+    """SIGKILL before the ``count``-th object of a bank is written."""
+    from jaxlab.memory import store
+
+    write, written = store.write_object, []
+
+    def writing(*arguments, **options):
+        written.append(True)
+        if len(written) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*arguments, **options)
+
+    store.write_object = writing
+
+
 def small_shards(references: int) -> None:
     """Shards of a few references, so that a tiny bank has several."""
     from jaxlab.memory.pipeline import write_bank

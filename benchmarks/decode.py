@@ -78,7 +78,7 @@ def _config(settings: Settings, vocab: int):
         model=ModelConfig(**shape),
         memory=MemoryConfig(),
         tokenizer=TokenizerConfig(vocab_size=vocab),
-        data=DataConfig(source="installed-docs"),
+        data=DataConfig(source="installed-docs", sequence_length=512, facts_fraction=1.0),
         stages=StagesConfig(
             continual=StageConfig(steps=1, batch_size=1, learning_rate=1e-3, memory=True)
         ),
@@ -247,13 +247,13 @@ class Profile(Jaxlab):
         mode, rows, _ = order
         engine, stages = self._engine(mode, rows), {}
         programs = dataclasses.replace(engine.programs)
-        for name in ("load", "prefill", "decode"):
+        for name, stage in (("load", "dequantize"), ("prefill", "prefill"), ("decode", "decode")):
             program = getattr(engine.programs, name)
 
-            def timed(*given, name=name, program=program, **options):
+            def timed(*given, stage=stage, program=program, **options):
                 begin = time.perf_counter()
                 out = jax.block_until_ready(program(*given, **options))
-                stages[name] = stages.get(name, 0.0) + time.perf_counter() - begin
+                stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - begin
                 return out
 
             programs.__dict__[name] = timed

@@ -15,6 +15,7 @@ import numpy as np
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError, Preempted
+from jaxlab.memory.embedders import Embedder
 from jaxlab.memory.header import BankSpec, Shard
 from jaxlab.memory.progress import Progress
 from jaxlab.memory.store import SHARD_REFERENCES, Bank, StoredReference, bank_exists
@@ -265,8 +266,14 @@ def _open_or_create(model: LoadedModel, references: References, url: str, embedd
         embedder = fit_embedder(
             config.memory.embedder, references.texts, model_embed=model.embed_texts
         )
-    shape = config.model
-    spec = BankSpec(
+    bank = Bank.create(url, spec=bank_spec(model, embedder), embedder_state=embedder.to_bytes())
+    return bank, embedder
+
+
+def bank_spec(model: LoadedModel, embedder: Embedder) -> BankSpec:
+    """What a bank of this model's memories, searched by this embedder, has in common."""
+    config, shape = model.config, model.config.model
+    return BankSpec(
         identity=model.identity,
         memory_shape=(
             shape.memory_layers,
@@ -283,7 +290,6 @@ def _open_or_create(model: LoadedModel, references: References, url: str, embedd
         reference_length=config.memory.reference_length,
         preface=model.tokenizer.preface_ids,
     )
-    return Bank.create(url, spec=spec, embedder_state=embedder.to_bytes()), embedder
 
 
 def _check_same_references(bank: Bank, references: References, url: str) -> None:

@@ -15,6 +15,7 @@ from jaxlab.memory.shards import SOURCES, lone_key
 
 # An open array takes some 10 kB; to open one again costs the request of its zarr.json.
 _OPEN_ARRAYS = 4096
+_LONE_AT_ONCE = 64
 
 
 class ShardAccess:
@@ -33,11 +34,8 @@ class ShardAccess:
         return self._header.spec
 
     def object_of(self, shard: Shard, path: str) -> bytes:
-        """One object of a shard as it lies there; raises BankError when it is damaged."""
-        content = self._finish_object(shard, self._kvstore.read(shard.folder + path), path)
-        if StoredFile.of(content) != shard.files[path]:
-            raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
-        return content
+        """One object of a shard as it lies there."""
+        return self._finish_whole(shard, path, self._start_object(shard, path))
 
     def array_of(self, shard: Shard, name: str) -> np.ndarray:
         """One array of a shard, whole."""
@@ -55,14 +53,15 @@ class ShardAccess:
 
     def check_lone(self, shard: Shard) -> tuple[int, list[tuple[str, str]]]:
         """How many memories of a cold shard are encoded; key and trouble of each damaged one."""
-        rows = self.encoded(shard).tolist()
-        pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in rows]
-        damaged = []
-        for row, future in pending:
-            try:
-                self._finish_lone(shard, row, future)
-            except BankError:
-                damaged.append((self._lone_key(shard, row), "damaged: another checksum"))
+        rows, damaged = self.encoded(shard).tolist(), []
+        for start in range(0, len(rows), _LONE_AT_ONCE):
+            some = rows[start : start + _LONE_AT_ONCE]
+            pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in some]
+            for row, future in pending:
+                try:
+                    self._finish_lone(shard, row, future)
+                except BankError:
+                    damaged.append((self._lone_key(shard, row), "damaged: another checksum"))
         return len(rows), damaged
 
     def _lone_key(self, shard: Shard, row: int) -> str:
@@ -102,6 +101,15 @@ class ShardAccess:
             if read_object(self._kvstore, self._lone_key(shard, row), self.url).state == "missing":
                 return None
             raise self._unreadable(shard, error) from error
+
+    def _start_object(self, shard: Shard, path: str, part: slice | None = None) -> Any:
+        return self._kvstore.read(shard.folder + path, byte_range=part)
+
+    def _finish_whole(self, shard: Shard, path: str, future: Any) -> bytes:
+        content = self._finish_object(shard, future, path)
+        if StoredFile.of(content) != shard.files[path]:
+            raise self._unreadable(shard, ValueError(f"{path} is damaged: another SHA-256"))
+        return content
 
     def _finish_object(self, shard: Shard, future: Any, name: str) -> bytes:
         found = self._finish(shard, future)

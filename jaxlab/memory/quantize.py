@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from jaxlab.errors import BankError, ConfigError
-from jaxlab.memory.rate import PAPER, Rate
+from jaxlab.memory.rate import PAPER, ROTATION_BITS, Rate
 from kernels_pallas.memory_dequantize import Codebook
 
 __all__ = ["PAPER", "Codec", "Rate"]
@@ -54,10 +54,18 @@ class Codec:
                 f"{len(vectors):,}: write more references or choose a codec of fewer bits"
             )
         index = faiss.index_factory(rate.dim, name)
+        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         if rounds is not None:
-            rotation = faiss.downcast_VectorTransform(index.chain.at(0))
             rotation.niter, rotation.niter_pq = rounds
+        # Its own, so that it can be kept quiet; it lives as long as the training.
+        within = rotation.pq = faiss.ProductQuantizer(rate.dim, rate.spaces, ROTATION_BITS)
+        levels = faiss.downcast_index(index.index)
+        halves = faiss.downcast_index(levels.q1.quantizer).pq
+        # FAISS warns of few vectors for each of hundreds of trainings; whoever calls says it once.
+        for clustering in (within, halves, levels.q1, levels.pq):
+            clustering.cp.min_points_per_centroid = 1
         index.train(np.ascontiguousarray(vectors, np.float32))
+        rotation.pq = None
         return cls(rate, index)
 
     def encode(self, vectors: Float[np.ndarray, "*n H"]) -> UInt8[np.ndarray, "*n W"]:

@@ -8,10 +8,10 @@ from jaxlab.errors import ConfigError
 
 PAPER = "OPQ20_80,Residual2x14,PQ8x10"
 _NAME = re.compile(r"OPQ(\d+)_(\d+),Residual2x(\d+),PQ(\d+)x(\d+)")
-# k-means of FAISS takes at most so many vectors a centroid, and warns below the least.
+# k-means of FAISS asks for so many vectors a centroid.
 _LEAST = 39
 # The rotation is trained with a product quantizer of its own.
-_ROTATION_BITS = 8
+ROTATION_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Rate:
         return self._numbers[1]
 
     @property
+    def spaces(self) -> int:
+        """Parts that the rotation is made for."""
+        return self._numbers[0]
+
+    @property
     def bytes(self) -> int:
         """Bytes of a code; each of the two levels begins on a byte of its own."""
         _, _, half_bits, parts, bits = self._numbers
@@ -51,9 +56,9 @@ class Rate:
     def least(self) -> int:
         """Vectors that it takes to train every centroid."""
         _, _, half_bits, _, bits = self._numbers
-        return 2 ** max(half_bits, bits, _ROTATION_BITS)
+        return 2 ** max(half_bits, bits, ROTATION_BITS)
 
     @property
     def enough(self) -> int:
-        """Vectors from which on FAISS does not warn."""
+        """Vectors that FAISS asks for."""
         return _LEAST * self.least

@@ -28,6 +28,7 @@ from jaxlab.memory.header import (
 from jaxlab.memory.quantize import Codec
 from jaxlab.memory.shards import (
     REFERENCES,
+    SOURCES,
     StoredReference,
     line_table,
     read_line,
@@ -176,25 +177,28 @@ class BankReader(ShardAccess):
         for shard, future in tables:
             for start, length, crc in self._finish(shard, future).tolist():
                 where = slice(start, start + length)
-                line = self._kvstore.read(shard.folder + REFERENCES, byte_range=where)
+                line = self._start_object(shard, REFERENCES, where)
                 pending.append((shard, line, crc))
         texts = [self._text(*each) for each in pending]
         return [texts[where] for where in place]
 
     def has(self, references: Sequence[StoredReference]) -> Bool[np.ndarray, " n"]:
         """Whether the bank holds each reference, alive; texts are read only where sums agree."""
-        wanted: dict[tuple[int, int], list[int]] = {}
-        for place, (_, length, crc) in enumerate(line_table(references).tolist()):
-            wanted.setdefault((length, crc), []).append(place)
+        marks = _marks(line_table(references))
+        wanted: dict[int, list[int]] = {}
+        for place, mark in enumerate(marks.tolist()):
+            wanted.setdefault(mark, []).append(place)
         alive, found = self.alive(), np.zeros(len(references), bool)
         for shard in self.shards:
-            table = self.array_of(shard, "lines").tolist()
-            rows = [row for row, (_, *mark) in enumerate(table) if tuple(mark) in wanted]
-            rows = [shard.start + row for row in rows]
-            rows = rows if alive is None else [row for row in rows if alive[row]]
-            for row, stored in zip(rows, self.references(rows), strict=True):
-                for place in wanted[tuple(table[row - shard.start][1:])]:
-                    found[place] |= references[place] == stored
+            there = _marks(self.array_of(shard, "lines"))
+            same = np.isin(there, marks)
+            if alive is not None:
+                same &= alive[shard.start : shard.start + shard.count]
+            inside = np.flatnonzero(same)
+            stored = self.references(inside + shard.start)
+            for mark, one in zip(there[inside].tolist(), stored, strict=True):
+                for place in wanted[mark]:
+                    found[place] |= references[place] == one
         return found
 
     def sources(self) -> dict[str, int]:
@@ -319,9 +323,13 @@ class BankReader(ShardAccess):
 
     def _shard_sources(self) -> Iterator[tuple[Shard, list[str], Int32[np.ndarray, " n"]]]:
         """For each shard the names of its sources and the place of each row's among them."""
-        pending = [(shard, self._start(shard, "source", slice(None))) for shard in self.shards]
-        for shard, places in pending:
-            yield shard, self.sources_of(shard), self._finish(shard, places)
+        pending = [
+            (shard, self._start_object(shard, SOURCES), self._start(shard, "source", slice(None)))
+            for shard in self.shards
+        ]
+        for shard, names, places in pending:
+            names = json.loads(self._finish_whole(shard, SOURCES, names))
+            yield shard, names, self._finish(shard, places)
 
     def _text(self, shard: Shard, line: Any, crc: int) -> StoredReference:
         try:
@@ -336,3 +344,8 @@ def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
 
 def _living(header: Header) -> tuple:
     return header.rows, header.deleted_file, header.lost
+
+
+def _marks(lines: np.ndarray) -> np.ndarray:
+    """Length and checksum of each line as one number."""
+    return lines[:, 1] << np.uint64(32) | lines[:, 2]

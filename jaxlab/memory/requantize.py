@@ -72,8 +72,10 @@ def quantize_bank(
         if len(made.shards) < len(source.shards) or not made.lacks_the_same(source):
             made = Bank.open(url, write=True)
     else:
-        report(f"bank {url}: training codec {codec}")
-        vectors = sample_vectors(source, sample or Rate(codec).enough, seed=seed)
+        enough = Rate(codec).enough
+        vectors = sample_vectors(source, sample or enough, seed=seed)
+        few = f", fewer than the {enough:,} it should have" if len(vectors) < enough else ""
+        report(f"bank {url}: training codec {codec} on {len(vectors):,} vectors{few}")
         made = _create(source, url, Codec.fit(vectors, codec, rounds=rounds))
     begun = made.rows
     progress = Progress(report, f"bank {url}", source.rows, begun=begun)

@@ -297,7 +297,9 @@ class Bank(BankReader):
             raise BankError(f"bank {self.url} has no reference {rows.max()}; nothing was deleted")
         alive = self.alive()
         before = np.ones(self.rows, bool) if alive is None else alive
-        after = before & ~self.rows_of(sources)
+        sources, after = list(sources), before.copy()
+        if sources:
+            after &= ~self.rows_of(sources)
         after[rows] = False
         if (gone := int(before.sum() - after.sum())) > 0:
             content = np.flatnonzero(~after).astype("<i8").tobytes()

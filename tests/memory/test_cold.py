@@ -1,6 +1,7 @@
 """Laws of cold shards: encoded when first read, once, and then what would have been written."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_a_memory_of_zeros_is_a_memory(tmp_path):
         assert found.cold.tolist() == [True, False, False]
         assert bits(found.memories[1:]) == bits(memories[1:])
         np.testing.assert_array_equal(found.kept, [0, 1, 2])  # of 0, 1 and 2 tokens
+
+
+def test_several_may_encode_the_same_at_once(tmp_path):
+    memories, _, embeddings, references = contents(6)
+    Bank.create(tmp_path, spec=SPEC).append_cold(embeddings, references)
+    banks = [Bank.open(tmp_path) for _ in range(4)]
+    with ThreadPoolExecutor(len(banks)) as pool:
+        for _ in range(5):
+            list(pool.map(lambda bank: bank.warm(np.arange(6), memories), banks))
+    for bank in (*banks, Bank.open(tmp_path)):
+        assert bits(bank.read(np.arange(6)).memories) == bits(memories) and bank.verify().ok
 
 
 def test_rows_of_other_shards_are_left_as_they_are(tmp_path):

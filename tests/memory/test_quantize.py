@@ -1,5 +1,6 @@
 """The codec of keys and values: FAISS and JAX decode alike, and its size is what its name says."""
 
+import faiss
 import jax
 import numpy as np
 import pytest
@@ -55,6 +56,17 @@ def test_a_codec_comes_back_from_its_bytes(codec):
     np.testing.assert_array_equal(again.encode(rows), codec.encode(rows))
     same = Codec.fit(vectors(1300), SMALL, rounds=(2, 2))
     assert same.hash == codec.hash  # training draws nothing that differs
+
+
+def test_training_is_as_faiss_does_it_but_quiet(codec, capfd):
+    index = faiss.index_factory(16, SMALL)
+    rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+    rotation.niter, rotation.niter_pq = 2, 2
+    index.train(vectors(1300))
+    assert faiss.serialize_index(index).tobytes() == codec.to_bytes()
+    assert "WARNING" in capfd.readouterr().err
+    Codec.fit(vectors(1300), SMALL, rounds=(2, 2))
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_no_codec_is_refused(codec):

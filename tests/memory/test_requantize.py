@@ -179,6 +179,28 @@ def test_a_killed_copy_goes_on_with_the_codec_it_stored(tmp_path, banks, monkeyp
     assert before == (files_of(tmp_path), (tmp_path / "codes/header.json").read_bytes())
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_deleted_or_lost_is_so_in_the_copy(tmp_path, monkeypatch, killed):
+    source = raw_bank(tmp_path / "raw", counts=(8, 6, 10, 8))
+    source.delete(rows=[2, 30])
+    (file,) = (tmp_path / "raw" / source.shards[1].folder).glob("references.jsonl")
+    file.unlink()
+    assert source.repair().set_aside
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Bank, "lack_the_same", lambda *_: (_ for _ in ()).throw(Killed))
+            quantize_bank(source, tmp_path / "codes", **OPTIONS)
+    report = quantize_bank(source, tmp_path / "codes", **OPTIONS)
+    made = Bank.open(tmp_path / "codes")
+    assert made.verify().ok and report.references == len(made) == len(source) == 24
+    np.testing.assert_array_equal(made.alive(), source.alive())
+    assert (made.fingerprint(), made.rows) == (source.fingerprint(), 32)
+    rows = np.flatnonzero(made.alive())
+    assert made.references(rows) == source.references(rows)
+    codes = made.codec.encode(source.read(rows).memories)
+    np.testing.assert_array_equal(made.read(rows).memories, codes)
+
+
 def test_what_cannot_be_quantized_or_gone_on_with_is_named(tmp_path, banks):
     source, _, made = banks
     with pytest.raises(BankError, match="is quantized already"):

@@ -270,7 +270,7 @@ def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path, kind):
             each.read([4])
         assert not each.embeddings()[3:5].any() and each.fingerprint() == bank.fingerprint()
         assert not each.rows_of(["source 1"]).any()
-    assert (tmp_path / "shards" / name).is_dir()  # to be looked at
+    assert files_of(tmp_path / "shards" / name)  # to be looked at
     assert bank.read([5]).cold.tolist() == [False]
     with pytest.raises(BankError, match="changed by another writer"):
         bank.compact()

@@ -33,6 +33,7 @@ def add_commands(
     search = command(memory, "search", _search, "the references nearest to a text")
     search.add_argument("--query", required=True, metavar="TEXT", help="what to look for")
     search.add_argument("--top", type=positive, default=5, metavar="K", help="how many (5)")
+    search.add_argument("--source", nargs="+", metavar="S", help="among references of these only")
     search.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
     stats = command(memory, "stats", _stats, "what a bank holds")
     verify = command(memory, "verify", _verify, "check every file of a bank")
@@ -54,9 +55,15 @@ def add_commands(
     )
     text = "give back the room of deleted references and merge small shards; numbers rows anew"
     compact = command(memory, "compact", _compact, text)
+    text = "an approximate index for a bank whose embeddings do not fit in RAM"
+    index = command(memory, "index", _index, text)
+    index.add_argument("--kind", metavar="NAME", help="such as IVF4096,SQ8 (by the bank's size)")
+    probes = "lists that a search looks into (a 32nd of them)"
+    index.add_argument("--probes", type=positive, metavar="N", help=probes)
+    index.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
     repair = command(memory, "repair", _repair, "make damaged shards again, or set them aside")
     repair.add_argument("--run", metavar="DIR", help=f"to encode damaged memories again: {_RUN}")
-    for each in (write, search, stats, verify, quantize, append, delete, compact, repair):
+    for each in (write, search, stats, verify, quantize, append, delete, compact, index, repair):
         each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
 
 
@@ -93,13 +100,9 @@ def _search(arguments: argparse.Namespace) -> None:
     from jaxlab.memory.read import MemoryReader
     from jaxlab.memory.store import Bank
 
-    model_embed = None
-    if arguments.run is not None:
-        from jaxlab.training.load import load_model
-
-        model_embed = load_model(arguments.run).embed_texts
     bank = Bank.open(arguments.bank)
-    hits = MemoryReader.open(bank, model_embed=model_embed).search([arguments.query], arguments.top)
+    reader = MemoryReader.open(bank, model_embed=_model_embed(arguments))
+    hits = reader.search([arguments.query], arguments.top, sources=arguments.source)
     found = [
         pair
         for pair in zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True)
@@ -110,6 +113,27 @@ def _search(arguments: argparse.Namespace) -> None:
     texts = bank.references([row for row, _ in found])
     for (row, score), stored in zip(found, texts, strict=True):
         print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
+
+
+def _model_embed(arguments: argparse.Namespace):
+    if arguments.run is None:
+        return None
+    from jaxlab.training.load import load_model
+
+    return load_model(arguments.run).embed_texts
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from jaxlab.memory.indexing import build_index
+    from jaxlab.memory.store import Bank
+
+    done = build_index(
+        Bank.open(arguments.bank, write=True),
+        arguments.kind,
+        probes=arguments.probes,
+        model_embed=_model_embed(arguments),
+    )
+    print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(done)}))
 
 
 def _stats(arguments: argparse.Namespace) -> None:

@@ -171,6 +171,21 @@ class LostShard:
 
 
 @dataclass(frozen=True)
+class IndexRecord:
+    """What a bank notes of its index: what it is of, and how much of an exact search it finds.
+
+    ``bank`` is the fingerprint of the rows that are in it, ``recall_at_5`` the share of the five
+    nearest that it found when it was built.
+    """
+
+    name: str
+    rows: int
+    probes: int
+    recall_at_5: float
+    bank: str
+
+
+@dataclass(frozen=True)
 class Header:
     """Everything in ``header.json``; a shard that is not listed here does not exist.
 
@@ -183,6 +198,8 @@ class Header:
     embedder_file: StoredFile | None = None
     codec_file: StoredFile | None = None
     deleted_file: StoredFile | None = None
+    index_file: StoredFile | None = None
+    index: IndexRecord | None = None
     shards: tuple[Shard, ...] = ()
     lost: tuple[LostShard, ...] = ()
 
@@ -206,6 +223,11 @@ class Header:
         """Where the rows that were deleted are listed: a new object for each change."""
         return f"deleted/{self.deleted_file.sha256[:16]}"
 
+    @property
+    def index_key(self) -> str:
+        """Where the index lies: a new object for each."""
+        return f"index/{self.index_file.sha256[:16]}"
+
     def objects(self) -> list[tuple[str, str, StoredFile]]:
         """Every object but the header itself: whose it is, its key, its record."""
         found = [
@@ -219,6 +241,8 @@ class Header:
         )
         if self.deleted_file is not None:
             alone = (*alone, ("deleted", self.deleted_key, self.deleted_file))
+        if self.index_file is not None:
+            alone = (*alone, ("index", self.index_key, self.index_file))
         return found + [each for each in alone if each[2] is not None]
 
     def with_shard(self, shard: Shard) -> "Header":
@@ -257,13 +281,15 @@ def _parse(body: dict[str, Any]) -> Header:
     spec |= {name: tuple(spec[name]) for name in ("memory_shape", "preface")}
     files = {
         name: StoredFile(**body[name]) if body[name] else None
-        for name in ("embedder_file", "codec_file", "deleted_file")
+        for name in ("embedder_file", "codec_file", "deleted_file", "index_file")
     }
+    index = body["index"]
     shards = [Shard.of(shard) for shard in body["shards"]]
     return Header(
         spec=BankSpec(**spec),
         writer=body["writer"],
         **files,
+        index=IndexRecord(**index) if index else None,
         shards=tuple(shards),
         lost=tuple(LostShard(**each) for each in body["lost"]),
     )

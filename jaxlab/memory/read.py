@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jaxlab.data.overlap import exceeds
 from jaxlab.errors import BankError
+from jaxlab.memory.indexing import open_index
 from jaxlab.memory.recent import RecentMemories
-from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
+from jaxlab.memory.retrieve import Hits, Retriever
 from jaxlab.memory.store import Bank, StoredMemories, StoredReference
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
@@ -61,7 +62,7 @@ class MemoryReader:
         ``encode`` makes the memories of references that have none yet (a cold start).
         """
         embedder = bank.embedder(model_embed=model_embed)
-        retriever = Retriever(embedder, FlatIndex(bank.embeddings()))
+        retriever = Retriever(embedder, open_index(bank))
         return cls(bank, retriever, encode=encode, cache_bytes=cache_bytes)
 
     def shuffled(self, *, seed: int) -> "MemoryReader":
@@ -76,21 +77,28 @@ class MemoryReader:
         made.recent = self.recent
         return made
 
-    def search(self, texts: Sequence[str], k: int | None = None) -> Hits:
-        """The references nearest to each text, of those that were not deleted."""
+    def search(
+        self,
+        texts: Sequence[str],
+        k: int | None = None,
+        *,
+        sources: Sequence[str] | None = None,
+    ) -> Hits:
+        """The references nearest to each text, of those that were not deleted.
+
+        ``sources``: among the references of these alone.
+        """
         started = time.perf_counter()
         queries = self._retriever.embed(list(texts))
         embedded = time.perf_counter()
-        hits = self._find(queries, k or self.per_chunk)
+        allowed = self.bank.alive()
+        if sources is not None:
+            mask = self.bank.rows_of(sources)
+            allowed = mask if allowed is None else mask & allowed
+        hits = self._retriever.find(queries, k or self.per_chunk, allowed=allowed)
         self.seconds["embed"] += embedded - started
         self.seconds["search"] += time.perf_counter() - embedded
         return hits
-
-    def _find(self, queries: np.ndarray, k: int) -> Hits:
-        alive = self.bank.alive()
-        if alive is None:
-            return self._retriever.find(queries, k)
-        return _allowed(self._retriever.find(queries, k + int((~alive).sum())), alive, k)
 
     def search_filtered(
         self,
@@ -173,14 +181,6 @@ class MemoryReader:
             )
         self.bank.warm(rows, self._encode(self.bank.references(rows)))
         return self.bank.read(ids)
-
-
-def _allowed(hits: Hits, allowed: np.ndarray, k: int) -> Hits:
-    """The first ``k`` hits whose rows are allowed, in their order."""
-    kept = (hits.ids >= 0) & allowed[hits.ids]
-    order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
-    ids, scores, kept = (np.take_along_axis(each, order, 1) for each in (*hits, kept))
-    return Hits(np.where(kept, ids, -1), np.where(kept, scores, np.float32(-np.inf)))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

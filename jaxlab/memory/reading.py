@@ -7,6 +7,7 @@ the number of arrays it keeps open, whatever the size of the bank.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, SupportsIndex
@@ -22,6 +23,7 @@ from jaxlab.memory.header import (
     CODEC_FILE,
     EMBEDDER_FILE,
     Header,
+    IndexRecord,
     LostShard,
     Shard,
 )
@@ -92,13 +94,37 @@ class BankReader(ShardAccess):
         """Whether the same rows were deleted or lost as in another bank."""
         return _living(self._header) == _living(other._header)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the embeddings of every row: an index of others does not fit this bank."""
+    @property
+    def index_record(self) -> IndexRecord | None:
+        """What the bank notes of its index; None when it has none, and is searched exactly."""
+        return self._header.index
+
+    def index_object(self) -> tuple[str, bytes | None]:
+        """The index as a local path, or for a bank elsewhere its key and its bytes.
+
+        Raises BankError when it is missing or damaged.
+        """
+        key, record = self._header.index_key, self._header.index_file
+        path = self.url.removeprefix("file://")
+        if "://" in path:
+            return key, self._checked(key, record)
+        path = os.path.join(os.path.expanduser(path), key)
+        if not os.path.exists(path) or os.path.getsize(path) != record.bytes:
+            raise BankError(
+                f"bank {self.url}: {key} is damaged or missing; make it again with"
+                " `jaxlab memory index`"
+            )
+        return path, None
+
+    def fingerprint(self, rows: int | None = None) -> str:
+        """SHA-256 over the embeddings of the first ``rows``: what an index has to be of."""
+        end = self.rows if rows is None else rows
         listed = [
             (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
             for shard in self.shards
+            if shard.start < end
         ]
-        listed += [(each.start, each.count) for each in self.lost]
+        listed += [(each.start, each.count) for each in self.lost if each.start < end]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
@@ -248,6 +274,7 @@ class BankReader(ShardAccess):
             "rows": self.rows,
             "cold": len(self.cold_rows()),
             "lost_shards": len(self.lost),
+            "index": self.index_record and asdict(self.index_record),
             "shards": len(self.shards),
             "bytes": sum(sizes),
             "bytes_per_reference": self.spec.bytes_per_reference,

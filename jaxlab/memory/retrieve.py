@@ -1,15 +1,15 @@
 """Search: which references lie nearest to a text (exact inner product, FAISS).
 
 Memory³ (arXiv 2407.01178, §3.1) takes, for each chunk of 64 tokens, the references whose
-embeddings have the highest cosine with the chunk's. Exact search is the choice up to about 1e7
-references of 1024 numbers; it needs no training and has nothing to tune.
+embeddings have the highest cosine with the chunk's. Exact search is the choice while all embeddings
+fit in RAM; it needs no training and has nothing to tune. For more, see ``approximate.py``.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 
 from jaxlab.errors import BankError
 from jaxlab.memory.embedders import Embedder
@@ -26,6 +26,34 @@ class Hits(NamedTuple):
     scores: Float32[np.ndarray, "n k"]
 
 
+@runtime_checkable
+class Index(Protocol):
+    """What finds the rows of highest inner product; rows are numbered in the order of adding."""
+
+    dim: int
+
+    def __len__(self) -> int:
+        """Rows in the index."""
+        ...
+
+    def add(self, embeddings: Float[np.ndarray, "rows dim"]) -> None:
+        """Add rows behind those that are there."""
+        ...
+
+    def search(
+        self,
+        queries: Float[np.ndarray, "n dim"],
+        k: int,
+        *,
+        allowed: Bool[np.ndarray, " rows"] | None = None,
+    ) -> Hits:
+        """The ``k`` best of the ``allowed`` rows (None: of all) for each query.
+
+        The hits of a query do not depend on the other queries of the call.
+        """
+        ...
+
+
 class FlatIndex:
     """Exact inner-product search; equal scores are ordered by row number, lowest first.
 
@@ -37,57 +65,77 @@ class FlatIndex:
     def __init__(self, embeddings: Float[np.ndarray, "rows dim"]) -> None:
         import faiss
 
-        vectors = np.ascontiguousarray(embeddings, np.float32)
-        if vectors.ndim != 2:
-            raise ValueError(f"embeddings have shape {vectors.shape}; expected (rows, dim)")
-        if not np.isfinite(vectors).all():
-            row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise BankError(f"embedding of reference {row} is not finite; build the bank again")
-        self._vectors = vectors
+        if np.ndim(embeddings) != 2:
+            raise ValueError(f"embeddings have shape {embeddings.shape}; expected (rows, dim)")
+        self.dim = embeddings.shape[1]
         self._index = faiss.IndexFlatIP(self.dim)
+        self.add(embeddings)
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[int, Float[np.ndarray, "n dim"]]], dim: int) -> "FlatIndex":
+        """From embeddings in blocks, in order, each with the number of its first row."""
+        index = cls(np.zeros((0, dim), np.float32))
+        for _, block in blocks:
+            index.add(block)
+        return index
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    def add(self, embeddings: Float[np.ndarray, "rows dim"]) -> None:
+        """Add rows behind those that are there; raises BankError when one is not finite."""
+        vectors = np.ascontiguousarray(embeddings, np.float32)
+        require_finite(vectors, len(self))
         if len(vectors):
             self._index.add(vectors)
 
     @property
-    def dim(self) -> int:
-        """Numbers in each embedding."""
-        return self._vectors.shape[1]
+    def _vectors(self) -> Float32[np.ndarray, "rows dim"]:
+        """The rows where FAISS holds them: no second copy."""
+        import faiss
 
-    def __len__(self) -> int:
-        return len(self._vectors)
+        size = len(self) * self.dim
+        return faiss.rev_swig_ptr(self._index.get_xb(), size).reshape(-1, self.dim)
 
-    def search(self, queries: Float[np.ndarray, "n dim"], k: int) -> Hits:
-        """The ``k`` rows of highest inner product with each query.
+    def search(
+        self,
+        queries: Float[np.ndarray, "n dim"],
+        k: int,
+        *,
+        allowed: Bool[np.ndarray, " rows"] | None = None,
+    ) -> Hits:
+        """The ``k`` rows of highest inner product with each query, of those that are allowed.
 
         Raises ValueError for ``k < 1``, BankError when the queries have another width.
         """
-        if k < 1:
-            raise ValueError(f"k is {k}; ask for at least one reference")
-        queries = np.ascontiguousarray(queries, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise BankError(
-                f"queries have shape {queries.shape} but the index holds vectors of {self.dim};"
-                " use the embedder the bank was built with"
-            )
-        hits = Hits(
-            np.full((len(queries), k), -1, np.int64),
-            np.full((len(queries), k), -np.inf, np.float32),
-        )
-        if len(self):
-            self._fill(hits, queries, np.arange(len(queries)), width=k + _SPARE)
+        queries = check_queries(queries, k, self.dim)
+        hits = no_hits(len(queries), k)
+        there = len(self) if allowed is None else int(allowed.sum())
+        if there:
+            width = min(k + _SPARE, there)
+            self._fill(hits, queries, np.arange(len(queries)), allowed, width=width, there=there)
         return hits
 
-    def _fill(self, hits: Hits, queries: np.ndarray, rows: np.ndarray, *, width: int) -> None:
+    def _fill(
+        self,
+        hits: Hits,
+        queries: np.ndarray,
+        rows: np.ndarray,
+        allowed: np.ndarray | None,
+        *,
+        width: int,
+        there: int,
+    ) -> None:
         """Write the hits of ``rows``; those whose ties may reach past ``width`` go again, wider."""
-        found = min(hits.ids.shape[1], len(self))
-        width = min(width, len(self))
+        found = min(hits.ids.shape[1], there)
         step = max(1, _BLOCK_NUMBERS // (width * self.dim))
         wider = []
         for start in range(0, len(rows), max(step, 1024)):
             block = rows[start : start + max(step, 1024)]
-            rough, ids = self._index.search(queries[block], width)
+            params = search_params(allowed)
+            rough, ids = self._index.search(queries[block], width, params=params)
             tied = rough[:, -1] >= rough[:, found - 1] - _NEAR
-            settled = ~tied if width < len(self) else np.ones(len(block), bool)
+            settled = ~tied if width < there else np.ones(len(block), bool)
             wider.append(block[~settled])
             block, ids = block[settled], ids[settled]
             for first in range(0, len(block), step):
@@ -96,7 +144,8 @@ class FlatIndex:
                 hits.ids[block[some], :found], hits.scores[block[some], :found] = ranked
         again = np.concatenate(wider) if wider else rows[:0]
         if len(again):
-            self._fill(hits, queries, again, width=4 * width)
+            width = min(4 * width, there)
+            self._fill(hits, queries, again, allowed, width=width, there=there)
 
     def _rank(self, queries: np.ndarray, ids: np.ndarray, found: int) -> Hits:
         """Score candidates in float64 and order them by score, then by row number."""
@@ -106,10 +155,47 @@ class FlatIndex:
         return Hits(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
 
 
+def require_finite(vectors: Float32[np.ndarray, "n dim"], first: int) -> None:
+    """Raise BankError naming the first row (of the bank) that is not finite."""
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise BankError(
+            f"embedding of reference {first + bad[0]} is not finite; build the bank again"
+        )
+
+
+def check_queries(queries: Float[np.ndarray, "n dim"], k: int, dim: int) -> np.ndarray:
+    """Queries as FAISS takes them; ValueError or BankError for what cannot be searched."""
+    if k < 1:
+        raise ValueError(f"k is {k}; ask for at least one reference")
+    queries = np.ascontiguousarray(queries, np.float32)
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise BankError(
+            f"queries have shape {queries.shape} but the index holds vectors of {dim};"
+            " use the embedder the bank was built with"
+        )
+    return queries
+
+
+def no_hits(count: int, k: int) -> Hits:
+    """Hits of ``count`` queries, to be filled."""
+    return Hits(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf, np.float32))
+
+
+def search_params(allowed: Bool[np.ndarray, " rows"] | None, kind: str = "SearchParameters") -> Any:
+    """FAISS's parameters of a search among some rows; None for all of them."""
+    import faiss
+
+    if allowed is None:
+        return None
+    bits = np.packbits(allowed, bitorder="little")
+    return getattr(faiss, kind)(sel=faiss.IDSelectorBitmap(bits))
+
+
 class Retriever:
     """An embedder and an index over the same vectors: texts in, row numbers out."""
 
-    def __init__(self, embedder: Embedder, index: FlatIndex) -> None:
+    def __init__(self, embedder: Embedder, index: Index) -> None:
         if embedder.dim != index.dim:
             raise BankError(
                 f"embedder {embedder.name} gives vectors of {embedder.dim} but the bank holds"
@@ -128,9 +214,15 @@ class Retriever:
         queries[[not text.strip() for text in texts]] = 0
         return queries
 
-    def find(self, queries: Float32[np.ndarray, "n dim"], k: int) -> Hits:
-        """The ``k`` rows nearest to each query; none where it is zero."""
-        hits = self.index.search(queries, k)
+    def find(
+        self,
+        queries: Float32[np.ndarray, "n dim"],
+        k: int,
+        *,
+        allowed: Bool[np.ndarray, " rows"] | None = None,
+    ) -> Hits:
+        """The ``k`` rows nearest to each query, of those allowed; none where it is zero."""
+        hits = self.index.search(queries, k, allowed=allowed)
         silent = ~queries.any(axis=1)
         hits.ids[silent] = -1
         hits.scores[silent] = -np.inf

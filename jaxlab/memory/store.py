@@ -43,6 +43,7 @@ from jaxlab.memory.header import (
     BankIdentity,
     BankSpec,
     Header,
+    IndexRecord,
     Shard,
     StoredFile,
 )
@@ -320,6 +321,15 @@ class Bank(BankReader):
 
         return upkeep.repair(self, **options)
 
+    def keep_index(self, content: bytes, index: IndexRecord) -> None:
+        """Store an index of this bank's rows in place of the one it had."""
+        self.require_writable()
+        header = replace(self._header, index_file=StoredFile.of(content), index=index)
+        write_object(self._kvstore, header.index_key, content, url=self.url)
+        self._commit(header)
+        with contextlib.suppress(BankError):
+            self._sweep()
+
     def lack_the_same(self, other: BankReader) -> None:
         """Take over what was deleted or lost in another bank of the same rows."""
         header = replace(
@@ -404,10 +414,11 @@ class Bank(BankReader):
         """Delete what the header does not list: rests of killed writers, and what was replaced."""
         for name in list_folders(self._kvstore, "shards/", url=self.url) - self._header.names:
             delete_folder(self._kvstore, f"shards/{name}/", url=self.url)
-        listed = {self._header.deleted_key} if self._header.deleted_file else set()
-        for name in list_folders(self._kvstore, "deleted/", url=self.url):
-            if f"deleted/{name}" not in listed:
-                delete_object(self._kvstore, f"deleted/{name}", url=self.url)
+        listed = {key for _, key, _ in self._header.objects()}
+        for folder in ("deleted/", "index/"):
+            for name in list_folders(self._kvstore, folder, url=self.url):
+                if folder + name not in listed:
+                    delete_object(self._kvstore, folder + name, url=self.url)
 
 
 def bank_exists(url: str | os.PathLike[str]) -> bool:

@@ -39,7 +39,7 @@ def compact(bank: Bank, *, shard_references: int) -> int:
         shards += made
         start += sum(shard.count for shard in made)
     if written or bank.alive() is not None:
-        bank.exchange(shards, lost=(), deleted_file=None)
+        bank.exchange(shards, lost=(), deleted_file=None, index=None, index_file=None)
     return written
 
 

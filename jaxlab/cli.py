@@ -270,11 +270,9 @@ def _model_and_reader(arguments: argparse.Namespace):
     model = load_model(arguments.run)
     if arguments.bank is None:
         return model, None
-    from jaxlab.memory.read import MemoryReader
-    from jaxlab.memory.store import Bank
+    from jaxlab.memory.library import open_reader
 
-    bank = Bank.open(arguments.bank, identity=model.identity)
-    return model, MemoryReader.open(bank, model_embed=model.embed_texts)
+    return model, open_reader(model, arguments.bank)
 
 
 def _eval_perplexity(arguments: argparse.Namespace) -> None:

@@ -21,8 +21,8 @@ from jaxlab.inference.requests import Citation, Event, Request, TokenLogprob
 from jaxlab.inference.retrieval import Retrieval
 from jaxlab.inference.sampling import Sampling
 from jaxlab.inference.sequences import Sequence as Generated
+from jaxlab.memory.library import open_reader
 from jaxlab.memory.read import CACHE_BYTES, MemoryReader
-from jaxlab.memory.store import Bank
 from jaxlab.training.load import LoadedModel, load_model
 
 # Tokens before the end of a chunk at which what it has so far is searched ahead.
@@ -318,14 +318,16 @@ def open_engine(
     rows: int = 8,
     context: int | None = None,
     cache_bytes: int = CACHE_BYTES,
+    grows: bool = False,
 ) -> Engine:
     """The engine of a run (``DIR`` or ``DIR@stage``), reading a bank or none.
+
+    ``grows``: documents can be added to the bank, by ``reader.add``.
 
     Raises what loading the model and opening the bank raise.
     """
     model = load_model(run)
     if bank is None:
         return Engine(model, rows=rows, context=context)
-    opened = Bank.open(bank, identity=model.identity)
-    reader = MemoryReader.open(opened, model_embed=model.embed_texts, cache_bytes=cache_bytes)
+    reader = open_reader(model, bank, grows=grows, cache_bytes=cache_bytes)
     return Engine(model, reader, rows=rows, context=context)

@@ -108,7 +108,7 @@ class Retrieval:
     def _reader_of(self, sequence: Generated) -> MemoryReader:
         if sequence.request.memory != "shuffled":
             return self.reader
-        if self._shuffled is None:
+        if self._shuffled is None or self._shuffled.bank is not self.reader.bank:
             self._shuffled = self.reader.shuffled(seed=_SHUFFLE_SEED)
         return self._shuffled
 

@@ -76,8 +76,8 @@ def build_index(
     return IndexReport(name, bank.rows, len(content), index.probes, share, seconds)
 
 
-def open_index(bank: Bank) -> Index:
-    """The index of a bank, or exact search where it has none.
+def open_index(bank: Bank, *, grows: bool = False) -> Index:
+    """The index of a bank, or exact search where it has none; ``grows``: rows will be added.
 
     Rows that were appended since are added in RAM. Raises BankError when the index is damaged, or
     of other references than the bank's.
@@ -91,7 +91,7 @@ def open_index(bank: Bank) -> Index:
             " `jaxlab memory index`"
         )
     if bank.rows == record.rows:
-        return _opened(bank, record, grows=False)
+        return _opened(bank, record, grows=grows)
     index = _opened(bank, record, grows=True)
     for first, block in bank.embedding_blocks():
         if first + len(block) > record.rows:

@@ -1,6 +1,7 @@
 """From texts to the slots that the model reads: search, filter, load, arrange."""
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jaxlab.data.overlap import exceeds
+from jaxlab.data.sources import Document
 from jaxlab.errors import BankError
 from jaxlab.memory.indexing import open_index
 from jaxlab.memory.recent import RecentMemories
@@ -22,6 +24,7 @@ from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
 # Enough for 500 memories of Memory³-2B, whose 450,560 bytes each are the largest there are.
 CACHE_BYTES = 1 << 28
 Encode = Callable[[Sequence[StoredReference]], np.ndarray]
+Append = Callable[[Sequence[Document]], range]
 
 
 class MemoryReader:
@@ -29,7 +32,8 @@ class MemoryReader:
 
     ``permutation`` is the control "shuffled": search as ever, but read the memory of the reference
     at that place instead. ``encode`` makes the memories of references that have none yet
-    (:func:`jaxlab.memory.pipeline.reference_encoder`); they are stored in the bank.
+    (:func:`jaxlab.memory.pipeline.reference_encoder`); they are stored in the bank. ``append`` adds
+    documents to the bank, and says which rows are new. Safe to use from several threads.
     """
 
     def __init__(
@@ -39,9 +43,11 @@ class MemoryReader:
         *,
         permutation: np.ndarray | None = None,
         encode: Encode | None = None,
+        append: Append | None = None,
         cache_bytes: int = CACHE_BYTES,
     ):
-        self._encode = encode
+        self._encode, self._append = encode, append
+        self._lock, self._adding = threading.Lock(), threading.Lock()
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
         self.recent = RecentMemories(self._read, cache_bytes)
@@ -55,15 +61,13 @@ class MemoryReader:
         *,
         model_embed: Callable | None = None,
         encode: Encode | None = None,
+        append: Append | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> "MemoryReader":
-        """Load the bank's embedder and index; keep ``cache_bytes`` of memories read lately.
-
-        ``encode`` makes the memories of references that have none yet (a cold start).
-        """
+        """Load the bank's embedder and index; keep ``cache_bytes`` of memories read lately."""
         embedder = bank.embedder(model_embed=model_embed)
-        retriever = Retriever(embedder, open_index(bank))
-        return cls(bank, retriever, encode=encode, cache_bytes=cache_bytes)
+        retriever = Retriever(embedder, open_index(bank, grows=append is not None))
+        return cls(bank, retriever, encode=encode, append=append, cache_bytes=cache_bytes)
 
     def shuffled(self, *, seed: int) -> "MemoryReader":
         """The same bank with every reference's memory exchanged for another's."""
@@ -91,14 +95,32 @@ class MemoryReader:
         started = time.perf_counter()
         queries = self._retriever.embed(list(texts))
         embedded = time.perf_counter()
-        allowed = self.bank.alive()
-        if sources is not None:
-            mask = self.bank.rows_of(sources)
-            allowed = mask if allowed is None else mask & allowed
-        hits = self._retriever.find(queries, k or self.per_chunk, allowed=allowed)
+        with self._lock:  # else rows are added meanwhile
+            allowed = self.bank.alive()
+            if sources is not None:
+                mask = self.bank.rows_of(sources)
+                allowed = mask if allowed is None else mask & allowed
+            hits = self._retriever.find(queries, k or self.per_chunk, allowed=allowed)
         self.seconds["embed"] += embedded - started
         self.seconds["search"] += time.perf_counter() - embedded
         return hits
+
+    def add(self, documents: Sequence[Document]) -> range:
+        """Add documents to the bank, to be found from now on; the rows that are new.
+
+        Their memories are encoded when they are first read. Raises BankError when the bank cannot
+        be written.
+        """
+        if self._append is None:
+            raise BankError(f"bank {self.bank.url} was opened for reading only")
+        with self._adding:
+            rows = self._append(documents)
+            bank = Bank.open(self.bank.url, identity=self.bank.spec.identity)
+            fresh = bank.embeddings_of(np.arange(self.bank.rows, bank.rows))
+            with self._lock:
+                self._retriever.index.add(fresh)
+                self.bank = bank
+        return rows
 
     def search_filtered(
         self,

@@ -4,11 +4,17 @@ import numpy as np
 import pytest
 
 from jaxlab.data.overlap import overlap
+from jaxlab.data.sources import Document
+from jaxlab.errors import BankError
+from jaxlab.memory import pipeline
 from jaxlab.memory.embedders import ModelEmbedder
+from jaxlab.memory.library import open_reader
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
-from tests.inference.small import TEXTS, letters
+from jaxlab.training.load import LoadedModel
+from tests.inference.small import TEXTS, letters, small_bank, small_encoder, small_model
+from tests.memory.stored import bits
 
 SHAPE = (2, 2, 2, 3, 4)
 
@@ -134,3 +140,30 @@ def test_a_reader_can_be_put_together_from_its_parts(reader):
     one, other = (r.search(["ddee", "hh"]) for r in (same, reader))
     assert isinstance(one, Hits)
     np.testing.assert_array_equal(one.ids, other.ids)
+
+
+def test_a_reader_finds_and_encodes_what_was_added_and_others_when_they_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(LoadedModel, "embed_texts", lambda self, texts: letters(texts))
+    monkeypatch.setattr(pipeline, "ReferenceEncoder", lambda model: small_encoder())
+    first = small_bank(tmp_path, TEXTS[:4])
+    reader = open_reader(small_model(), first.url, grows=True)
+    before = reader.search(["aabb"])
+    rows = reader.add([Document(f"doc {n}", text) for n, text in enumerate(TEXTS)])
+    assert rows == range(4, 8) and len(reader.bank) == 8
+    whole = small_bank(tmp_path / "whole")
+    wanted = MemoryReader.open(whole, model_embed=letters)
+    assert bits(reader.search(TEXTS).ids) == bits(wanted.search(TEXTS).ids) != bits(before.ids)
+    ids = np.array([[[5, 7]]])
+    assert bits(reader.slots(ids).keys) == bits(wanted.slots(ids).keys)
+    assert not len(reader.add([Document("doc 0", TEXTS[0])]))
+    other = MemoryReader.open(Bank.open(first.url), model_embed=letters)
+    assert bits(other.slots(ids).keys) == bits(wanted.slots(ids).keys)  # encoded by then
+    with pytest.raises(BankError, match="opened for reading only"):
+        other.add([Document("doc", "abc")])
+
+
+def test_a_search_among_sources_finds_nothing_of_others(reader):
+    sources = [reader.bank.reference(row).source for row in (2, 5)]
+    found = reader.search([TEXTS[0]], 8, sources=sources)
+    assert set(found.ids[0].tolist()) == {2, 5, -1}
+    assert (reader.search([TEXTS[0]], sources=["nowhere"]).ids == -1).all()

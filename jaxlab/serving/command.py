@@ -1,0 +1,87 @@
+"""``jaxlab serve``."""
+
+import argparse
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from jaxlab.errors import ConfigError
+
+
+def add_commands(
+    commands: Any, command: Callable[..., argparse.ArgumentParser], positive: Callable[[str], int]
+) -> None:
+    """Add the parser; ``command(group, name, call, text)`` makes it."""
+    text = "serve a model, reading a bank, to clients of the OpenAI protocol"
+    serve = command(commands, "serve", _serve, text)
+    serve.add_argument("--run", required=True, metavar="DIR", help="a run, or RUN@STAGE")
+    serve.add_argument("--bank", metavar="BANK", help="what to read; none: nothing")
+    serve.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0: any that is free (8000)")
+    rows = "sequences decoded at once (8)"
+    serve.add_argument("--rows", type=positive, default=8, metavar="N", help=rows)
+    context = "tokens of a sequence, prompt and answer (what the model allows)"
+    serve.add_argument("--context", type=positive, metavar="N", help=context)
+    cache = "memories read lately that are kept in RAM (%(default)s)"
+    serve.add_argument("--cache-bytes", type=int, default=1 << 28, metavar="N", help=cache)
+    body = "length of a request's body (%(default)s)"
+    serve.add_argument("--body-bytes", type=positive, default=1 << 20, metavar="N", help=body)
+    waiting = "requests that wait for a row; more are turned away (64)"
+    serve.add_argument("--max-waiting", type=positive, default=64, metavar="N", help=waiting)
+    seconds = "time that a request may take (300)"
+    serve.add_argument("--request-seconds", type=float, default=300.0, metavar="S", help=seconds)
+    drain = "time that running requests get when the server is stopped (30)"
+    serve.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help=drain)
+    key = "let only those generate and search who have the key of JAXLAB_API_KEY"
+    serve.add_argument("--require-key", action="store_true", help=key)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        from jaxlab.serving.app import create_app
+        from jaxlab.serving.run import run_app
+        from jaxlab.serving.settings import KEY_VARIABLE, Settings
+    except ImportError as error:
+        raise ConfigError(
+            f"serving needs the package {error.name}: pip install 'jaxlab[serve]'"
+        ) from error
+    from jaxlab.inference.engine import open_engine
+
+    settings = Settings.from_environment(
+        body_bytes=arguments.body_bytes,
+        max_waiting=arguments.max_waiting,
+        request_seconds=arguments.request_seconds,
+        drain_seconds=arguments.drain_seconds,
+        require_key=arguments.require_key,
+    )
+    if settings.require_key and settings.api_key is None:
+        raise ConfigError(f"--require-key: set the key in the environment variable {KEY_VARIABLE}")
+    with contextlib.closing(_listen(arguments.host, arguments.port)) as listener:
+        engine = open_engine(
+            arguments.run,
+            arguments.bank,
+            rows=arguments.rows,
+            context=arguments.context,
+            cache_bytes=arguments.cache_bytes,
+            grows=settings.api_key is not None,
+        )
+        engine.start()
+        try:
+            host, port = listener.getsockname()[:2]
+            where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            print(f"{engine.model.config.name} at {where}", flush=True)
+            run_app(create_app(engine, settings), listener)
+        finally:
+            engine.close(drain_seconds=0.0)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen at {host}:{port} ({reason}): give another --port"
+        ) from None

@@ -1,0 +1,182 @@
+"""Bodies of requests, checked: the OpenAI fields that mean something here, and this server's own.
+
+A field that would change the answer and cannot be honoured is refused, unless it has the value that
+changes nothing; fields that change nothing (``user``, ``metadata`` …) may hold anything.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from jaxlab.inference.requests import MOST_ALTERNATIVES, Request
+from jaxlab.inference.sampling import Sampling
+
+MOST_STOPS = 4
+_MOST_TOKENS = 1 << 20
+# Fields that are refused, and the values with which they change nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+}
+
+
+def _is_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """How a stream is sent."""
+
+    include_usage: bool = False
+
+
+class _Generation(_Body):
+    model: Text
+    max_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=_MOST_TOKENS)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Text | list[Text] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    memory: Literal["on", "off", "shuffled", "text"] = "on"
+
+    @model_validator(mode="after")
+    def _honoured(self):
+        for name, value in (self.model_extra or {}).items():
+            neutral = _REFUSED.get(name)
+            if neutral is not None and value is not None and value not in neutral:
+                raise ValueError(f"{name} is not supported by this server")
+        if len(self.stops) > MOST_STOPS:
+            raise ValueError(f"stop has {len(self.stops)} strings, at most {MOST_STOPS} are taken")
+        if "" in self.stops:
+            raise ValueError("stop holds an empty string")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def _request(self, prompt: str, max_tokens: int, logprobs: int | None, *stop: str) -> Request:
+        def or_default(value, default):
+            return default if value is None else value
+
+        return Request(
+            prompt,
+            max_tokens=max_tokens,
+            sampling=Sampling(
+                temperature=float(or_default(self.temperature, 1.0)),
+                top_k=or_default(self.top_k, 0),
+                top_p=float(or_default(self.top_p, 1.0)),
+                seed=or_default(self.seed, 0),
+            ),
+            stop=(*stop, *self.stops),
+            memory=self.memory,
+            logprobs=logprobs,
+        )
+
+
+class CompletionBody(_Generation):
+    """A text to continue."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    def request(self) -> Request:
+        """What the engine is asked."""
+        prompt = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return self._request(prompt, self.max_tokens or 16, self.logprobs)
+
+
+class Part(_Body):
+    """A part of a message; others than text are not understood."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Body):
+    """What somebody said."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatBody(_Generation):
+    """A conversation to continue.
+
+    The models are base models, without a template of their own: what a user says becomes
+    "Question: …", what the assistant says "Answer: …", a line each, and what the system says stands
+    before them. The answer ends where the model begins another question.
+    """
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    @property
+    def prompt(self) -> str:
+        """The conversation as one text."""
+        heads = {"user": "Question: ", "assistant": "Answer: "}
+        lines = [heads.get(each.role, "") + each.text for each in self.messages]
+        return "\n".join([*lines, "Answer:"])
+
+    def request(self) -> Request:
+        """What the engine is asked."""
+        count = self.max_completion_tokens or self.max_tokens or 64
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._request(self.prompt, count, logprobs, "\nQuestion:")
+
+
+class SearchBody(_Body):
+    """What to look for in the bank."""
+
+    query: Text
+    top: int = Field(5, ge=1, le=100)
+    sources: list[Text] | None = Field(None, max_length=100)
+
+
+class Reference(_Body):
+    """A text to add to the bank, under the name of its source."""
+
+    text: Text = Field(min_length=1)
+    source: Text = Field(min_length=1, max_length=1000)
+
+
+class AddBody(_Body):
+    """Texts to add to the bank."""
+
+    references: list[Reference] = Field(min_length=1, max_length=1000)

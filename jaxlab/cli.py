@@ -12,6 +12,7 @@ from pathlib import Path
 from jaxlab.errors import ConfigError, Interrupted, JaxlabError, Preempted
 from jaxlab.memory import command as memory
 from jaxlab.preflight import command as preflight
+from jaxlab.serving import command as serving
 from jaxlab.tools.interrupts import interruptible
 from jaxlab.tools.output import print_citations, write_json
 from kernels_pallas.without_tpu import choose_cpu
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_command(commands)
     _evaluation_commands(commands, source)
     preflight.add_commands(commands, _command, _positive)
+    serving.add_commands(commands, _command, _positive)
     _command(commands, "doctor", _doctor, "versions, devices, what is installed, what is missing")
     return parser
 

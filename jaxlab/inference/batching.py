@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxlab.inference.programs import Programs, Said, State
-from jaxlab.inference.requests import Finish, TokenLogprob
+from jaxlab.inference.requests import MOST_ALTERNATIVES, Finish, TokenLogprob
 from jaxlab.inference.retrieval import Retrieval
 from jaxlab.inference.sampling import Choices, Sampling
 from jaxlab.inference.sequences import Phase, Sequence
@@ -241,7 +241,7 @@ class Batch:
             if sequence.asked == len(sequence.said):
                 given[row] = sequence.pending
             samplings[row], said[row] = sequence.request.sampling, sequence.asked
-        wanted = [one.request.logprobs for one in ready if one.request.logprobs is not None]
+        asked = any(one.request.logprobs is not None for one in ready)
         self._state, answer = self._programs.decode(
             *self._given,
             self._state,
@@ -250,7 +250,8 @@ class Batch:
             Choices.of(samplings, said),
             drawn=any(one.temperature > 0 for one in samplings),
             limited=any(one.limited for one in samplings),
-            alternatives=max(wanted) if wanted else None,
+            # As many as anyone can ask for: each number would be a program of its own.
+            alternatives=MOST_ALTERNATIVES if asked else None,
         )
         self.counts["steps"] += 1
         for sequence in ready:

@@ -216,6 +216,13 @@ class Engine:
             answer.finished.wait()
         return [answer.generation() for answer in answers]
 
+    def warm(self) -> None:
+        """Compile what requests commonly need, so that the first does not wait for it."""
+        before = dict(self._batch.counts)
+        for sampling in (Sampling(), Sampling(temperature=1.0)):
+            self.generate(["a b c"], max_tokens=1, sampling=sampling, memory="off")
+        self._batch.counts.update(before)
+
     def start(self) -> None:
         """Work in a thread of its own from now on, until :meth:`close`."""
         self.alive = True

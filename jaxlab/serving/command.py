@@ -66,6 +66,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             cache_bytes=arguments.cache_bytes,
             grows=settings.api_key is not None,
         )
+        engine.warm()
         engine.start()
         try:
             host, port = listener.getsockname()[:2]

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,7 @@ def add_commands(
 def _serve(arguments: argparse.Namespace) -> None:
     try:
         from jaxlab.serving.app import create_app
-        from jaxlab.serving.run import run_app
+        from jaxlab.serving.run import listen, run_app
         from jaxlab.serving.settings import KEY_VARIABLE, Settings
     except ImportError as error:
         raise ConfigError(
@@ -57,7 +56,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     if settings.require_key and settings.api_key is None:
         raise ConfigError(f"--require-key: set the key in the environment variable {KEY_VARIABLE}")
-    with contextlib.closing(_listen(arguments.host, arguments.port)) as listener:
+    with contextlib.closing(listen(arguments.host, arguments.port)) as listener:
         engine = open_engine(
             arguments.run,
             arguments.bank,
@@ -75,14 +74,3 @@ def _serve(arguments: argparse.Namespace) -> None:
             run_app(create_app(engine, settings), listener)
         finally:
             engine.close(drain_seconds=0.0)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"cannot listen at {host}:{port} ({reason}): give another --port"
-        ) from None

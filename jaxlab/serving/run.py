@@ -9,6 +9,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from jaxlab.errors import ConfigError
+
 _LOOK_EVERY = 0.05
 
 
@@ -50,3 +52,15 @@ def run_app(app: FastAPI, listener: socket.socket) -> None:
     )
     with contextlib.suppress(KeyboardInterrupt):
         _Uvicorn(config).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve at; raises ConfigError when the place is taken or is none."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot listen at {host}:{port} ({reason}): give another --port"
+        ) from None

@@ -1,0 +1,185 @@
+"""Laws of the OpenAI protocol, asked by its own client."""
+
+import openai
+import pytest
+
+from tests.serving.fakes import KEY, TEXTS, FakeEngine, served
+
+HELLO = "one two three"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture(scope="module")
+def client(engine):
+    with (
+        served(engine) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        yield client
+
+
+def complete(client, **options):
+    given = {"model": "echo", "prompt": HELLO, "max_tokens": 5, **options}
+    return client.completions.create(**given)
+
+
+def chat(client, **options):
+    given = {"model": "echo", "messages": [{"role": "user", "content": "hi you"}], **options}
+    return client.chat.completions.create(**{"max_tokens": 3, **given})
+
+
+def test_a_completion_has_text_usage_reason_and_citations(client):
+    found = complete(client)
+    (choice,) = found.choices
+    assert (choice.text, choice.finish_reason) == (" one two three one two", "length")
+    usage = found.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (3, 5, 8)
+    assert (found.object, found.model) == ("text_completion", "echo")
+    assert [one["text"] for one in choice.citations] == TEXTS
+    assert choice.citations[1] == {
+        "chunk": 0, "reference": 1, "score": 0.5, "source": "source 1", "text": TEXTS[1]
+    }  # fmt: skip
+
+
+def test_a_stream_says_the_same_in_pieces(client):
+    pieces = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    *said, last = pieces
+    assert "".join(piece.choices[0].text for piece in said) == " one two three one two"
+    assert [piece.choices[0].finish_reason for piece in said] == [None] * 5 + ["length"]
+    assert [one["text"] for one in said[0].choices[0].citations] == TEXTS
+    assert not last.choices and last.usage.total_tokens == 8
+    assert len({piece.id for piece in pieces}) == 1
+    assert all(piece.usage is None for piece in complete(client, stream=True))
+
+
+def test_stop_strings_end_an_answer(client, engine):
+    for stop in ("three", ["x", "three"]):
+        choice = complete(client, stop=stop).choices[0]
+        assert (choice.text, choice.finish_reason) == (" one two", "stop")
+    assert engine.requests[-1].stop == ("x", "three")
+
+
+def test_log_probabilities_in_the_form_of_each_endpoint(client):
+    found = complete(client, logprobs=2, max_tokens=2).choices[0].logprobs
+    assert found.tokens == [" one", " two"] and found.token_logprobs == [-0.5, -0.5]
+    assert found.top_logprobs == [{" one": -0.5, "é": -1.5}, {" two": -0.5, "é": -1.5}]
+    assert found.text_offset == [0, 4]
+    said = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert [one.token for one in said] == [" Question:", " hi", " you"]
+    assert [(one.token, one.bytes) for one in said[0].top_logprobs][1] == ("é", [0xC3, 0xA9])
+    assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    assert chat(client).choices[0].logprobs is None
+
+
+def test_a_conversation_becomes_one_text(client, engine):
+    messages = [
+        {"role": "system", "content": "Facts follow."},
+        {"role": "user", "content": [{"type": "text", "text": one} for one in ("Who ", "?")]},
+        {"role": "assistant", "content": "Nobody."},
+        {"role": "user", "content": "Why?"},
+    ]  # fmt: skip
+    found = chat(client, messages=messages, stop="!", max_tokens=1)
+    asked = engine.requests[-1]
+    assert (
+        asked.prompt == "Facts follow.\nQuestion: Who ?\nAnswer: Nobody.\nQuestion: Why?\nAnswer:"
+    )
+    assert asked.stop == ("\nQuestion:", "!")
+    assert (found.choices[0].message.role, found.choices[0].message.content) == (
+        "assistant",
+        " Facts",
+    )
+
+
+def test_a_streamed_conversation_begins_with_the_role(client):
+    pieces = list(chat(client, stream=True, max_completion_tokens=2))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == " Question: hi"
+    assert pieces[-1].choices[0].finish_reason == "length"
+    assert {piece.object for piece in pieces} == {"chat.completion.chunk"}
+
+
+def test_what_is_asked_reaches_the_engine(client, engine):
+    more = {"top_k": 4, "memory": "shuffled"}
+    complete(client, temperature=0.5, top_p=0.25, seed=-3, extra_body=more, user="me")
+    asked = engine.requests[-1]
+    sampling = asked.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 4, 0.25)
+    assert (sampling.seed, asked.memory, asked.max_tokens) == (-3, "shuffled", 5)
+    complete(client)
+    assert engine.requests[-1].sampling.temperature == 1.0  # the protocol's default
+    assert not complete(client, extra_body={"memory": "off"}).choices[0].citations
+
+
+def test_models_are_listed_and_found(client):
+    assert [model.id for model in client.models.list()] == ["echo"]
+    assert client.models.retrieve("echo").id == "echo"
+    with pytest.raises(openai.NotFoundError, match="no model 'other/one' here"):
+        client.models.retrieve("other/one")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_tokens=0), "max_tokens: Input should be greater than or equal to 1"),
+        (dict(max_tokens=998), "the prompt has 3 tokens: shorten it"),
+        (dict(n=2), "n is not supported"),
+        (dict(echo=True), "echo is not supported"),
+        (dict(best_of=3), "best_of is not supported"),
+        (dict(suffix="x"), "suffix is not supported"),
+        (dict(logit_bias={"5": 1}), "logit_bias is not supported"),
+        (dict(presence_penalty=0.5), "presence_penalty is not supported"),
+        (dict(temperature=-1), "temperature: Input should be greater"),
+        (dict(top_p=0), "top_p: Input should be greater"),
+        (dict(logprobs=99), "logprobs: Input should be less"),
+        (dict(stop=["a"] * 5), "stop has 5 strings"),
+        (dict(stop=[""]), "stop holds an empty string"),
+        (dict(prompt=["a", "b"]), "prompt"),
+        (dict(prompt=[[1, 2]]), "prompt"),
+        (dict(extra_body={"memory": "loud"}), "memory: Input should be 'on', 'off'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_a_reason(client, options, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        complete(client, **options)
+
+
+def test_values_that_change_nothing_are_taken(client):
+    found = complete(client, n=1, echo=False, presence_penalty=0, logit_bias={}, best_of=1)
+    assert found.choices[0].text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(tools=[{"type": "function", "function": {"name": "f"}}]),
+        dict(response_format={"type": "json_object"}),
+        dict(messages=[]),
+        dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+        dict(messages=[{"role": "robot", "content": "x"}]),
+    ],
+)
+def test_what_a_conversation_cannot_have_is_refused(client, options):
+    with pytest.raises(openai.BadRequestError):
+        chat(client, **options)
+
+
+def test_another_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        complete(client, model="gpt")
+    assert error.value.code == "model_not_found" and error.value.param == "model"
+
+
+def test_a_server_with_a_key_asks_for_it(engine):
+    with served(engine, api_key=KEY, require_key=True) as (url, _):
+        for key, right in (("wrong", False), (KEY, True)):
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
+                if right:
+                    assert complete(client).choices[0].text
+                else:
+                    with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+                        complete(client)

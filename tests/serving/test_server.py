@@ -1,0 +1,252 @@
+"""Laws of the server itself: the bank, limits, clients that go, going down, figures."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jaxlab.errors import ConfigError
+from jaxlab.serving.run import listen
+from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
+
+BODY = {"model": "echo", "prompt": "one two", "max_tokens": 3}
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def server(engine):
+    with (
+        served(engine, api_key=KEY, body_bytes=2000, max_waiting=1) as (url, app),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+        yield http, app.state.server
+
+
+def said(response) -> dict:
+    """The error of an answer."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert "Traceback" not in response.text
+    return error
+
+
+def until(condition) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_bank_is_searched(server):
+    http, _ = server
+    found = http.post("/memory/search", json={"query": "fox", "top": 2}).json()["references"]
+    assert [one["text"] for one in found] == TEXTS[:2]
+    assert found[0] == {"reference": 0, "score": 1.0, "source": "source 0", "text": TEXTS[0]}
+    body = {"query": "fox", "sources": ["source 2"]}
+    found = http.post("/memory/search", json=body).json()["references"]
+    assert [one["reference"] for one in found] == [2]
+
+
+def test_only_the_key_adds_to_the_bank_and_what_is_added_is_found(server, engine):
+    http, _ = server
+    body = {"references": [{"text": "Snow falls.", "source": "../../etc"}]}
+    for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEY[:-1]}):
+        assert http.post("/memory/add", json=body, headers=headers).status_code == 401
+    assert len(engine.reader) == 3
+    allowed = {"Authorization": f"Bearer {KEY}"}
+    done = http.post("/memory/add", json=body, headers=allowed).json()
+    assert done == {"added": [3], "references": 4}
+    found = http.post("/memory/search", json={"query": "snow"}).json()["references"]
+    assert found[3]["source"] == "../../etc"
+    engine.reader.full = True
+    response = http.post("/memory/add", json=body, headers=allowed)
+    assert response.status_code == 400 and "the disk is full" in said(response)["message"]
+
+
+def test_without_a_key_nobody_adds(engine):
+    with served(engine) as (url, _):
+        body = {"references": [{"text": "a", "source": "b"}]}
+        response = httpx.post(f"{url}/memory/add", json=body)
+    assert response.status_code == 403 and "JAXLAB_API_KEY" in said(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "message"),
+    [
+        (b"{", "application/json", 400, "not JSON"),
+        (b"\xff\xfe", "application/json", 400, ""),
+        (b"[]", "application/json", 400, "the body"),
+        (b"a=b", "application/x-www-form-urlencoded", 415, "has to be JSON"),
+        (json.dumps(BODY).encode(), "text/plain", 415, "has to be JSON"),
+        (b'{"model":"echo","prompt":"","temperature":NaN}', "application/json", 400, "temperature"),
+        (b'{"model":"echo","prompt":"a","top_p":Infinity}', "application/json", 400, "top_p"),
+        (b'{"model":"echo","prompt":"\\ud800"}', "application/json", 400, "half of a surrogate"),
+        (b'{"model":"\\ud800","prompt":"a"}', "application/json", 400, "half of a surrogate"),
+        (b'{"model":"echo","prompt":"a","seed":1e99}', "application/json", 400, "seed"),
+        (b"[" * 1000, "application/json", 400, ""),
+        (json.dumps({"prompt": "x" * 3000}).encode(), "application/json", 413, "2,000 bytes"),
+    ],
+)  # fmt: skip
+def test_a_bad_body_is_told_what_is_wrong_with_it(server, content, kind, status, message):
+    http, _ = server
+    response = http.post("/v1/completions", content=content, headers={"Content-Type": kind})
+    assert response.status_code == status
+    assert message in said(response)["message"]
+
+
+def test_a_body_without_a_length_is_cut_off_all_the_same(server):
+    http, _ = server
+    headers = {"Content-Type": "application/json"}
+    pieces = (b" " * 500 for _ in range(100_000))
+    response = http.post("/v1/completions", content=pieces, headers=headers)
+    assert response.status_code == 413
+
+
+def test_what_is_not_there_is_said_in_the_same_form(server):
+    http, _ = server
+    assert said(http.get("/nowhere"))["type"] == "invalid_request_error"
+    assert http.get("/nowhere").status_code == 404
+    assert http.get("/v1/completions").status_code == 405 and said(http.get("/v1/completions"))
+    for path in ("/v1/models/..%2f..%2fetc%2fpasswd", "/v1/models/%00", "/../../etc/passwd"):
+        assert http.get(path).status_code == 404
+
+
+def test_too_many_who_wait_are_turned_away(server, engine):
+    http, _ = server
+    engine.gate.clear()
+    with httpx.Client(base_url=http.base_url, timeout=SECONDS) as others:
+        streams = [others.stream("POST", "/v1/completions", json=BODY | {"stream": True})
+                   for _ in range(3)]  # fmt: skip
+        for stream in streams:
+            stream.__enter__()
+        response = http.post("/v1/completions", json=BODY)
+        assert response.status_code == 429 and response.headers["Retry-After"] == "1"
+        assert said(response)["type"] == "rate_limit_error"
+        engine.gate.set()
+        for stream in streams:
+            stream.__exit__(None, None, None)
+    until(lambda: engine.running == 0)
+    assert http.post("/v1/completions", json=BODY).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_row(server, engine, stream):
+    http, _ = server
+    engine.gate.clear()
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as client:
+        body = json.dumps(BODY | {"stream": stream}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        ticket = engine.wait_for(1)
+        assert not ticket.cancelled.is_set()
+    assert ticket.cancelled.wait(SECONDS)
+
+
+def test_what_takes_too_long_ends_and_frees_its_row(engine):
+    engine.gate.clear()
+    with served(engine, request_seconds=0.2) as (url, _):
+        response = httpx.post(f"{url}/v1/completions", json=BODY, timeout=SECONDS)
+        assert response.status_code == 504 and "0.2 seconds" in said(response)["message"]
+        assert engine.tickets[0].cancelled.wait(SECONDS)
+        body = BODY | {"stream": True}
+        response = httpx.post(f"{url}/v1/completions", json=body, timeout=SECONDS)
+    *_, error, done, rest = response.text.split("\n\n")
+    assert "0.2 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert (done, rest) == ("data: [DONE]", "")
+
+
+def test_an_engine_that_cannot_says_why(server, engine):
+    http, _ = server
+    engine.broken = "bank b: shard 3 cannot be read"
+    response = http.post("/v1/completions", json=BODY)
+    assert response.status_code == 500 and "shard 3" in said(response)["message"]
+    engine.alive, engine.failure = False, RuntimeError("out of memory")
+    response = http.post("/v1/completions", json=BODY)
+    assert response.status_code == 503 and "out of memory" in said(response)["message"]
+    assert http.get("/health").status_code == 503
+
+
+def test_a_server_that_goes_down_takes_nothing_more(server):
+    http, state = server
+    assert http.get("/health").json() == {
+        "status": "ok", "model": "echo", "references": 3, "reason": None
+    }  # fmt: skip
+    state.draining = True
+    assert http.get("/health").status_code == 503
+    response = http.post("/v1/completions", json=BODY)
+    assert response.status_code == 503 and "going down" in said(response)["message"]
+
+
+def test_figures_are_those_of_the_requests_and_of_the_engine(server):
+    http, _ = server
+    http.post("/v1/completions", json=BODY)
+    http.get("/nowhere/at/all")
+    text = http.get("/metrics").text
+    found = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    count = "jaxlab_http_requests_total"
+    assert found[count, (("endpoint", "/v1/completions"), ("status", "200"))] == 1
+    assert found[count, (("endpoint", "other"), ("status", "404"))] == 1
+    assert found["jaxlab_time_to_first_token_seconds_count", ()] == 1
+    assert found["jaxlab_time_between_tokens_seconds_count", ()] == 2
+    assert found["jaxlab_engine_generated_tokens_total", ()] == 7
+    assert found["jaxlab_engine_cache_bytes", ()] == 12
+
+
+def test_a_port_that_is_taken_is_one_clear_error():
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port} .*--port"):
+            listen("127.0.0.1", port)
+
+
+SERVE = """
+from jaxlab.serving.app import create_app
+from jaxlab.serving.run import listen, run_app
+from jaxlab.serving.settings import Settings
+from tests.serving.fakes import FakeEngine
+engine = FakeEngine()
+listener = listen("127.0.0.1", 0)
+print(listener.getsockname()[1], flush=True)
+run_app(create_app(engine, Settings(drain_seconds=30.0)), listener)
+print("ended", flush=True)
+"""
+
+
+def test_a_signal_lets_what_runs_end_and_the_process_with_0():
+    child = subprocess.Popen(
+        [sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{int(child.stdout.readline())}"
+        body = BODY | {"stream": True, "max_tokens": 400}
+        with (
+            httpx.Client(base_url=url, timeout=SECONDS) as http,
+            http.stream("POST", "/v1/completions", json=body) as stream,
+        ):
+            lines = stream.iter_lines()
+            next(lines)
+            child.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert rest[-2] == "data: [DONE]" and '"length"' in rest[-4]
+        assert child.stdout.read() == "ended\n" and child.wait(SECONDS) == 0
+    finally:
+        child.kill()
+        child.stdout.close()
+        child.wait()

@@ -12,11 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32
 
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.header import IndexRecord
-from jaxlab.memory.retrieve import Hits, check_queries, no_hits, require_finite, search_params
+from jaxlab.memory.retrieve import (
+    Allowed,
+    Hits,
+    check_queries,
+    no_hits,
+    require_finite,
+    search_params,
+)
 
 Blocks = Callable[[], Iterable[tuple[int, Float32[np.ndarray, "n dim"]]]]
 
@@ -106,13 +113,13 @@ class ApproximateIndex:
         queries: Float[np.ndarray, "n dim"],
         k: int,
         *,
-        allowed: Bool[np.ndarray, " rows"] | None = None,
+        allowed: Allowed | None = None,
     ) -> Hits:
         """The ``k`` nearest that are found; scores are those of the shortened rows.
 
         Query by query: FAISS takes other ways for many at once, and other roundings with them.
         """
-        queries = check_queries(queries, k, self.dim)
+        queries = check_queries(self, queries, k, allowed)
         hits = no_hits(len(queries), k)
         params = search_params(allowed, "SearchParametersIVF")
         params = params or self._faiss.SearchParametersIVF()

@@ -19,7 +19,7 @@ from jaxlab.memory.approximate import (
 )
 from jaxlab.memory.embedders import ModelEmbed
 from jaxlab.memory.header import IndexRecord
-from jaxlab.memory.retrieve import FlatIndex, Index
+from jaxlab.memory.retrieve import FlatIndex
 from jaxlab.memory.store import Bank
 
 _AT_RECALL = 5
@@ -76,7 +76,7 @@ def build_index(
     return IndexReport(name, bank.rows, len(content), index.probes, share, seconds)
 
 
-def open_index(bank: Bank, *, grows: bool = False) -> Index:
+def open_index(bank: Bank, *, grows: bool = False) -> FlatIndex | ApproximateIndex:
     """The index of a bank, or exact search where it has none; ``grows``: rows will be added.
 
     Rows that were appended since are added in RAM. Raises BankError when the index is damaged, or

@@ -15,7 +15,7 @@ from jaxlab.data.sources import Document
 from jaxlab.errors import BankError
 from jaxlab.memory.indexing import open_index
 from jaxlab.memory.recent import RecentMemories
-from jaxlab.memory.retrieve import Hits, Retriever
+from jaxlab.memory.retrieve import Allowed, Hits, Retriever
 from jaxlab.memory.store import Bank, StoredMemories, StoredReference
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
@@ -96,14 +96,19 @@ class MemoryReader:
         queries = self._retriever.embed(list(texts))
         embedded = time.perf_counter()
         with self._lock:  # else rows are added meanwhile
-            allowed = self.bank.alive()
-            if sources is not None:
-                mask = self.bank.rows_of(sources)
-                allowed = mask if allowed is None else mask & allowed
-            hits = self._retriever.find(queries, k or self.per_chunk, allowed=allowed)
+            hits = self._retriever.find(
+                queries, k or self.per_chunk, allowed=self._allowed(sources)
+            )
         self.seconds["embed"] += embedded - started
         self.seconds["search"] += time.perf_counter() - embedded
         return hits
+
+    def _allowed(self, sources: Sequence[str] | None) -> Allowed | None:
+        alive = self.bank.alive()
+        if sources is None:
+            return None if alive is None else Allowed(alive)
+        mask = self.bank.rows_of(sources)
+        return Allowed(mask if alive is None else mask & alive, tuple(sources))
 
     def add(self, documents: Sequence[Document]) -> range:
         """Add documents to the bank, to be found from now on; the rows that are new.

@@ -6,6 +6,8 @@ fit in RAM; it needs no training and has nothing to tune. For more, see ``approx
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,9 +28,33 @@ class Hits(NamedTuple):
     scores: Float32[np.ndarray, "n k"]
 
 
+@dataclass(frozen=True, eq=False)
+class Allowed:
+    """Rows that may be found: those that were not deleted, or those of some sources.
+
+    ``mask`` has one entry a row and decides. ``sources`` names what the rows come from: a server is
+    sent these names, where a mask of 1e8 rows cannot go with each query.
+    """
+
+    mask: Bool[np.ndarray, " rows"]
+    sources: tuple[str, ...] | None = None
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows may be found."""
+        return int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def selector(self) -> Any:
+        """The mask as FAISS takes it, a bit a row."""
+        import faiss
+
+        return faiss.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
+
+
 @runtime_checkable
 class Index(Protocol):
-    """What finds the rows of highest inner product; rows are numbered in the order of adding."""
+    """What finds the rows of highest inner product."""
 
     dim: int
 
@@ -36,16 +62,12 @@ class Index(Protocol):
         """Rows in the index."""
         ...
 
-    def add(self, embeddings: Float[np.ndarray, "rows dim"]) -> None:
-        """Add rows behind those that are there."""
-        ...
-
     def search(
         self,
         queries: Float[np.ndarray, "n dim"],
         k: int,
         *,
-        allowed: Bool[np.ndarray, " rows"] | None = None,
+        allowed: Allowed | None = None,
     ) -> Hits:
         """The ``k`` best of the ``allowed`` rows (None: of all) for each query.
 
@@ -102,15 +124,15 @@ class FlatIndex:
         queries: Float[np.ndarray, "n dim"],
         k: int,
         *,
-        allowed: Bool[np.ndarray, " rows"] | None = None,
+        allowed: Allowed | None = None,
     ) -> Hits:
         """The ``k`` rows of highest inner product with each query, of those that are allowed.
 
         Raises ValueError for ``k < 1``, BankError when the queries have another width.
         """
-        queries = check_queries(queries, k, self.dim)
+        queries = check_queries(self, queries, k, allowed)
         hits = no_hits(len(queries), k)
-        there = len(self) if allowed is None else int(allowed.sum())
+        there = len(self) if allowed is None else allowed.count
         if there:
             width = min(k + _SPARE, there)
             self._fill(hits, queries, np.arange(len(queries)), allowed, width=width, there=there)
@@ -121,7 +143,7 @@ class FlatIndex:
         hits: Hits,
         queries: np.ndarray,
         rows: np.ndarray,
-        allowed: np.ndarray | None,
+        allowed: Allowed | None,
         *,
         width: int,
         there: int,
@@ -164,15 +186,22 @@ def require_finite(vectors: Float32[np.ndarray, "n dim"], first: int) -> None:
         )
 
 
-def check_queries(queries: Float[np.ndarray, "n dim"], k: int, dim: int) -> np.ndarray:
+def check_queries(
+    index: Index, queries: Float[np.ndarray, "n dim"], k: int, allowed: Allowed | None
+) -> Float32[np.ndarray, "n dim"]:
     """Queries as FAISS takes them; ValueError or BankError for what cannot be searched."""
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least one reference")
     queries = np.ascontiguousarray(queries, np.float32)
-    if queries.ndim != 2 or queries.shape[1] != dim:
+    if queries.ndim != 2 or queries.shape[1] != index.dim:
         raise BankError(
-            f"queries have shape {queries.shape} but the index holds vectors of {dim};"
+            f"queries have shape {queries.shape} but the index holds vectors of {index.dim};"
             " use the embedder the bank was built with"
+        )
+    if allowed is not None and len(allowed.mask) != len(index):
+        raise BankError(
+            f"the mask of allowed rows has {len(allowed.mask):,} entries but the index has"
+            f" {len(index):,} rows: make it again for this bank"
         )
     return queries
 
@@ -182,14 +211,11 @@ def no_hits(count: int, k: int) -> Hits:
     return Hits(np.full((count, k), -1, np.int64), np.full((count, k), -np.inf, np.float32))
 
 
-def search_params(allowed: Bool[np.ndarray, " rows"] | None, kind: str = "SearchParameters") -> Any:
+def search_params(allowed: Allowed | None, kind: str = "SearchParameters") -> Any:
     """FAISS's parameters of a search among some rows; None for all of them."""
     import faiss
 
-    if allowed is None:
-        return None
-    bits = np.packbits(allowed, bitorder="little")
-    return getattr(faiss, kind)(sel=faiss.IDSelectorBitmap(bits))
+    return None if allowed is None else getattr(faiss, kind)(sel=allowed.selector)
 
 
 class Retriever:
@@ -219,7 +245,7 @@ class Retriever:
         queries: Float32[np.ndarray, "n dim"],
         k: int,
         *,
-        allowed: Bool[np.ndarray, " rows"] | None = None,
+        allowed: Allowed | None = None,
     ) -> Hits:
         """The ``k`` rows nearest to each query, of those allowed; none where it is zero."""
         hits = self.index.search(queries, k, allowed=allowed)

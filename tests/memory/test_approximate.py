@@ -18,7 +18,7 @@ from jaxlab.memory.approximate import (
 from jaxlab.memory.embedders import unit_rows
 from jaxlab.memory.indexing import build_index, open_index
 from jaxlab.memory.lsa import LsaEmbedder
-from jaxlab.memory.retrieve import FlatIndex
+from jaxlab.memory.retrieve import Allowed, FlatIndex
 from jaxlab.memory.store import Bank
 from tests.memory.stored import SPEC, contents
 
@@ -71,15 +71,15 @@ def test_only_allowed_rows_are_found_and_of_them_the_nearest(flat):
     rows = np.flatnonzero(allowed)
     some = FlatIndex(VECTORS[rows]).search(QUERIES, 6)
     for index in (flat, fitted(probes=LISTS)):
-        found = index.search(QUERIES, 6, allowed=allowed)
+        found = index.search(QUERIES, 6, allowed=Allowed(allowed))
         np.testing.assert_array_equal(found.ids, rows[some.ids])
         np.testing.assert_allclose(found.scores, some.scores, atol=1e-6)
     few = np.zeros(ROWS, bool)
     few[[5, 70]] = True
     for index in (flat, fitted(probes=LISTS)):
-        found = index.search(QUERIES, 6, allowed=few)
+        found = index.search(QUERIES, 6, allowed=Allowed(few))
         assert {frozenset(row) for row in found.ids.tolist()} == {frozenset((5, 70, -1))}
-        assert (flat.search(QUERIES, 6, allowed=np.zeros(ROWS, bool)).ids == -1).all()
+        assert (flat.search(QUERIES, 6, allowed=Allowed(np.zeros(ROWS, bool))).ids == -1).all()
 
 
 def test_rows_may_be_added_in_any_blocks_and_later(flat):

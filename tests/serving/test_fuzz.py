@@ -1,0 +1,36 @@
+"""Law of every endpoint: whatever comes, it answers as its OpenAPI description says, never 5xx."""
+
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from jaxlab.serving.app import create_app
+from jaxlab.serving.settings import Settings
+from tests.serving.fakes import KEY, FakeEngine
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+# One context for all requests: the engine of the tests says any number of tokens up to it.
+app = create_app(FakeEngine(context=50), Settings(api_key=KEY, body_bytes=20_000))
+schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@schema.parametrize()
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_whatever_comes_is_answered_as_described(case):
+    headers = {"Authorization": f"Bearer {KEY}"} if case.path == "/memory/add" else None
+    case.call_and_validate(checks=CHECKS, headers=headers)
+
+
+def test_the_description_has_every_endpoint():
+    paths = set(schema.raw_schema["paths"])
+    assert {"/v1/completions", "/v1/chat/completions", "/memory/search", "/memory/add"} <= paths

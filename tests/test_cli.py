@@ -228,7 +228,7 @@ def test_a_demo_that_is_interrupted_ends_as_other_commands_do(tmp_path, monkeypa
 
 def test_a_prompt_longer_than_the_context_is_refused(fails, tiny):
     line = fails("generate", "--run", tiny.run, "--prompt", "the array " * 200)
-    assert "the context of the model holds 192: shorten the prompt" in line
+    assert "the context holds 192: shorten the prompt" in line
 
 
 @pytest.mark.parametrize("mode", ["on", "shuffled"])

@@ -9,8 +9,10 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +133,13 @@ def run_sweep(
     rows = []
     found = run_cells(config, cells, out=out, overrides=overrides, workers=workers)
     try:
-        for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
-            rows.append(row)
-            result = _result(config, over, overrides, rows)
-            write_json(json_file, result)
-            ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
-            report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
+        with closing(found):
+            for number, (cell, row) in enumerate(zip(cells, found, strict=True), start=1):
+                rows.append(row)
+                result = _result(config, over, overrides, rows)
+                write_json(json_file, result)
+                ended = row["status"] if _METRIC not in row else f"{_METRIC} {row[_METRIC]:.4f}"
+                report(f"{number}/{len(cells)}  {' '.join(cell.overrides)}  {ended}")
     except KeyboardInterrupt:
         done = sum(cell.record(out).is_file() for cell in cells)
         raise Interrupted(f"{done} of {len(cells)} cells are done") from None
@@ -155,10 +158,11 @@ def run_cells(
     out: Path,
     overrides: Sequence[str] = (),
     workers: int = 1,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The results of cells in their order, ``workers`` at once, each with its share of the cores.
 
-    Raises as ``run_sweep`` does; what already runs beside a cell that fails is waited for and kept.
+    Raises as ``run_sweep`` does; what already runs beside a cell that fails is waited for and kept,
+    and none is started after it. Close it when interrupted: that waits for what runs.
     """
     # Every mistake is found now and not hours later.
     names = [cell.name for cell in cells]
@@ -167,8 +171,16 @@ def run_cells(
             raise ConfigError(f"{' '.join(cell.overrides)} is in the sweep twice")
     hashes = [identity_hash(load_config(config, overrides, swept=c.overrides)) for c in cells]
 
+    ended = threading.Event()
+
     def one(cell: Cell, identity: str) -> dict[str, Any]:
-        return run_cell(config, cell, out=out, overrides=overrides, identity=identity)
+        if ended.is_set():
+            raise CancelledError  # which nobody sees: a cell before this one says why
+        try:
+            return run_cell(config, cell, out=out, overrides=overrides, identity=identity)
+        except BaseException:
+            ended.set()
+            raise
 
     shares = iter(_shares_of_cores(workers))
     # A child inherits the cores of the thread that starts it.
@@ -176,6 +188,7 @@ def run_cells(
     try:
         yield from pool.map(one, cells, hashes)
     finally:
+        ended.set()
         pool.shutdown(cancel_futures=True)
 
 

@@ -204,7 +204,8 @@ def test_a_run_that_diverges_is_a_result_and_never_the_best(trainer, config, tmp
 def test_another_failure_ends_the_sweep_with_its_reason(trainer, config, tmp_path):
     trainer.codes = {"0.2": 1}
     with pytest.raises(SweepError, match=r"learning_rate=0.2: ended with 1: error: the reason"):
-        run(config, tmp_path, "optimizer.learning_rate=0.3,0.2")
+        run(config, tmp_path, "optimizer.learning_rate=0.3,0.2,0.1")
+    assert len(trainer.commands) == 2  # none is started after the one that failed
     trainer.codes = {}
     run(config, tmp_path, "optimizer.learning_rate=0.3,0.2")
     assert len(trainer.commands) == 3  # the first cell was kept, the second is tried again
@@ -213,8 +214,11 @@ def test_another_failure_ends_the_sweep_with_its_reason(trainer, config, tmp_pat
 def test_an_interrupted_sweep_says_how_many_cells_are_done_and_goes_on(
     trainer, config, tmp_path, monkeypatch, capsys
 ):
+    sent = []
+
     def stopped(command, **kwargs):
         if len(trainer.commands) == 1:
+            sent.append(command)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             return SimpleNamespace(returncode=Interrupted.exit_code)
         return trainer(command, **kwargs)
@@ -226,6 +230,7 @@ def test_an_interrupted_sweep_says_how_many_cells_are_done_and_goes_on(
     (line,) = capsys.readouterr().err.splitlines()
     again = shlex.join(["jaxlab", *words])
     assert line == f"interrupted: 1 of 3 cells are done; go on with: {again}"
+    assert len(sent) == 1  # no cell is started after the one that was interrupted
     replace_run(monkeypatch, trainer)
     assert main(words) == 0 and len(trainer.commands) == 3
 

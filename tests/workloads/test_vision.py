@@ -82,8 +82,8 @@ def compiled():
     return {}
 
 
-@pytest.fixture
-def shared(monkeypatch, compiled):
+@pytest.fixture(scope="module")
+def shared(compiled):
     logits = vision.compile_logits
 
     def shared_step(*, config, **parts):
@@ -95,9 +95,10 @@ def shared(monkeypatch, compiled):
         key = ("logits", identity_hash(config))
         return compiled.setdefault(key, logits(config, model))
 
-    monkeypatch.setattr(vision, "compile_vision_step", shared_step)
-    monkeypatch.setattr(vision, "compile_logits", shared_logits)
-    return shared_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision, "compile_vision_step", shared_step)
+        patch.setattr(vision, "compile_logits", shared_logits)
+        yield shared_step
 
 
 def batch_of(count=4):
@@ -270,15 +271,16 @@ def without_times(run):
 
 
 @pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory):
-    return tmp_path_factory.mktemp("run") / "unbroken"
+def unbroken(config, shared, tmp_path_factory):
+    """A run of four steps: its folder, its result and the lines that it reported."""
+    run, lines = tmp_path_factory.mktemp("run") / "unbroken", []
+    return run, train_vision(config, run, report=lines.append), lines
 
 
 def test_two_steps_and_two_after_an_interruption_equal_four(
     config, shared, unbroken, tmp_path, monkeypatch
 ):
-    lines = []
-    result = train_vision(config, unbroken, report=lines.append)
+    run, result, lines = unbroken
     assert lines[0] == f"{config.data.source}: 15 training and 6 test images of 3 classes"
     assert (result.step, result.interrupted) == (4, False)
     with monkeypatch.context() as patch:
@@ -288,7 +290,7 @@ def test_two_steps_and_two_after_an_interruption_equal_four(
     resumed = train_vision(config, tmp_path / "broken", report=lambda _: None)
     assert resumed == result
     (ours, place), (theirs, other) = (
-        final_state(config, run) for run in (unbroken, tmp_path / "broken")
+        final_state(config, folder) for folder in (run, tmp_path / "broken")
     )
     assert place == other
     bits = [
@@ -299,14 +301,13 @@ def test_two_steps_and_two_after_an_interruption_equal_four(
         for state in (ours, theirs)
     ]
     assert_trees(np.testing.assert_array_equal, *bits)
-    assert without_times(unbroken) == without_times(tmp_path / "broken")
+    assert without_times(run) == without_times(tmp_path / "broken")
 
 
-def test_a_run_is_evaluated_as_it_was_at_its_end_and_by_a_plain_loop(config, shared, unbroken):
-    if not unbroken.exists():
-        train_vision(config, unbroken, report=lambda _: None)
-    found, loaded = evaluate_vision(unbroken), load_vision(unbroken)
-    last = [line for line in read_metrics(unbroken) if "accuracy" in line][-1]
+def test_a_run_is_evaluated_as_it_was_at_its_end_and_by_a_plain_loop(unbroken):
+    run, *_ = unbroken
+    found, loaded = evaluate_vision(run), load_vision(run)
+    last = [line for line in read_metrics(run) if "accuracy" in line][-1]
     assert (last["step"], found.n) == (4, 6)
     assert (found.loss, found.accuracy) == (last["validation_loss"], last["accuracy"])
     losses, right = [], []
@@ -317,13 +318,13 @@ def test_a_run_is_evaluated_as_it_was_at_its_end_and_by_a_plain_loop(config, sha
         right.append(logits.argmax() == sample["labels"])
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert found.accuracy == np.mean(right)
-    problem = vision_problem(unbroken, examples=20)
+    problem = vision_problem(run, examples=20)
     total = sum(float(jax.jit(problem.loss_fn)(loaded.params, *batch)) for batch in problem.batches)
-    trained = evaluate_vision(unbroken, split="train")
+    trained = evaluate_vision(run, split="train")
     assert (problem.n, trained.n) == (15, 15)
     assert total / problem.n == pytest.approx(trained.loss, rel=1e-5)
     # The images of the folder are in order of class; 14 examples are rounded down to one batch.
-    labels = [labels for _, labels in vision_problem(unbroken, examples=14, batch_size=8).batches]
+    labels = [labels for _, labels in vision_problem(run, examples=14, batch_size=8).batches]
     assert np.bincount(np.concatenate(labels)).tolist() == [3, 2, 3]
     batches = list(loaded.batches("train", 8))
     assert [int(batch["weights"].sum()) for batch in batches] == [8, 7]

@@ -12,7 +12,7 @@ WORKERS ?= 2
 demo: $(VENV)/.run
 	$(BIN)/jaxlab demo --out runs/demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.browser
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
@@ -30,6 +30,14 @@ $(VENV)/.made:
 
 $(VENV)/.run: $(VENV)/.made requirements.txt pyproject.toml
 	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+# For the tests of the server's page: the browser that is there, else the system's package of it, else
+# playwright's own.
+$(VENV)/.browser: $(VENV)/.dev
+	command -v chromium chromium-browser google-chrome google-chrome-stable \
+		|| (apt-get update -q && apt-get install -y -q --no-install-recommends chromium) \
+		|| $(BIN)/playwright install --with-deps chromium
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.made requirements.txt pyproject.toml

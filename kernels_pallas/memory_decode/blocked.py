@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.memory_decode.reference import unfold
 
-BLOCK = 512
+BLOCK = 128
 # In place of minus infinity, so that the difference of two is 0 and not NaN.
 MASKED = -1e30
 

@@ -184,12 +184,11 @@ def run_cells(
 
     shares = iter(_shares_of_cores(workers))
     # A child inherits the cores of the thread that starts it.
-    pool = ThreadPoolExecutor(workers, initializer=lambda: _use_cores(next(shares)))
-    try:
-        yield from pool.map(one, cells, hashes)
-    finally:
-        ended.set()
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(workers, initializer=lambda: _use_cores(next(shares))) as pool:
+        try:
+            yield from pool.map(one, cells, hashes)
+        finally:
+            ended.set()
 
 
 def _shares_of_cores(workers: int) -> list[set[int]]:

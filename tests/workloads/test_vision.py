@@ -77,14 +77,9 @@ def quick_jit(function, **settings):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def shared():
     """Compiled functions by configuration: several runs of one experiment share a program."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def shared(compiled):
-    logits = vision.compile_logits
+    compiled, logits = {}, vision.compile_logits
 
     def shared_step(*, config, **parts):
         key = ("step", identity_hash(config))

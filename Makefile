@@ -1,4 +1,5 @@
-# Needs python3 (3.11 or newer), make and a package index; everything else goes into .venv.
+# Needs python3 (3.11 or newer), make and a package index; everything else goes into .venv, but for
+# the browser that the tests of the server's page install where there is none.
 # A .venv is installed again only when requirements.txt or pyproject.toml changed.
 PYTHON ?= python3
 VENV := .venv
@@ -35,7 +36,7 @@ $(VENV)/.run: $(VENV)/.made requirements.txt pyproject.toml
 # For the tests of the server's page: the browser that is there, else the system's package of it, else
 # playwright's own.
 $(VENV)/.browser: $(VENV)/.dev
-	command -v chromium chromium-browser google-chrome google-chrome-stable \
+	$(BIN)/python -m tests.serving.browser \
 		|| (apt-get update -q && apt-get install -y -q --no-install-recommends chromium) \
 		|| $(BIN)/playwright install --with-deps chromium
 	touch $@

@@ -1,14 +1,13 @@
 """Laws of the page, driven in headless Chromium around an engine that says its prompt again."""
 
 import os
-import shutil
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.serving.browser import installed_browser
 from tests.serving.fakes import SECONDS, TEXTS, FakeEngine, served
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # No sandbox: the tests may run as root. The rest keeps the browser from calling home.
 FLAGS = [
     "--no-sandbox",
@@ -23,9 +22,8 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def browser():
     """The browser of this machine, or else the one that playwright has installed."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
-        path = found or playwright.chromium.executable_path
+        path = installed_browser() or playwright.chromium.executable_path
         if not os.path.exists(path):
             pytest.fail("the tests of the page need a browser: make .venv/.browser", pytrace=False)
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, percentiles, script_command, write_json
 
 SIZES = (10_000, 100_000, 1_000_000)
 CODEC = "OPQ8_32,Residual2x10,PQ8x8"
@@ -134,18 +134,13 @@ def _read(args, size: int) -> dict:
         bank.references(hits.ids[0])
         texts.append(time.perf_counter() - begin)
     return {
-        "search_seconds": _percentiles(searches),
-        "load_seconds": _percentiles(loads),
-        "text_seconds": _percentiles(texts),
+        "search_seconds": percentiles(searches),
+        "load_seconds": percentiles(loads),
+        "text_seconds": percentiles(texts),
         "rss_bytes_opened": opened - before,
         "rss_bytes_after": memory().rss - before,
         "cache_bytes": _CACHE,
     }
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(seconds, [50, 99])
-    return {"p50": float(p50), "p99": float(p99)}
 
 
 STEPS = {"write": _write, "quantize": _quantize, "index": _index, "read": _read}
@@ -182,7 +177,7 @@ def main() -> int:
         return 0
     report = {
         "machine": machine(PACKAGES),
-        "command": " ".join(["python", "benchmarks/bank_scale.py", *sys.argv[1:]]),
+        "command": script_command(),
         "codec": CODEC,
         "results": _whole(args),
     }

@@ -14,12 +14,11 @@ The defaults fit two CPU cores: a small network on a tenth of the images. For th
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from jaxlab.evaluation.sharpness import evaluate_fisher_trace
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 from jaxlab.tools.sweep import Cell, interval, run_cells
 
 CONFIG = "configs/vision_small.yaml"
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=("accuracy", "trace"))
     parser.add_argument("--json", required=True, type=Path)
     args = parser.parse_args()
-    report = {"machine": machine(), "command": " ".join(["python", *sys.argv])}
+    report = {"machine": machine(), "command": script_command()}
     report |= {"preset": args.preset, "images": args.images, "steps": args.steps}
     tables = args.tables or ["accuracy", "trace"]
     if "accuracy" in tables:

@@ -1,6 +1,6 @@
 """Generation with memory beside generation without, RAG with the same model, and transformers.
 
-    python benchmarks/decode.py --json benchmarks/results/decode_cpu.json
+    PYTHONPATH=. python benchmarks/decode.py --json benchmarks/results/decode_cpu.json
 
 Throughput is that of the paper's table 21: all tokens of the answers over the time from the prompts
 to the last token, retrieval included (prompt 128, answer 128: memory is retrieved three times).
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.turns import Contestant
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 
 PROMPT, ANSWER = 128, 128
 PACKAGES = ("jax", "jaxlib", "flax", "faiss-cpu", "tensorstore", "torch", "transformers")
@@ -384,7 +384,7 @@ def main() -> int:
                 each.close()
     report = {
         "machine": machine(PACKAGES),
-        "command": " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        "command": script_command(),
         "preset": args.preset,
         "references": args.references,
         "results": results,

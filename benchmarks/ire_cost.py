@@ -25,7 +25,7 @@ from jaxlab.models.decoder import abstract_decoder, initial_parameters, paramete
 from jaxlab.models.presets import PRESETS
 from jaxlab.optim import make_optimizer, refresh_flat_mask, scale_flat_directions
 from jaxlab.optim.flat_mask import flat_states
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat, train_step
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=64, help="draws that stand for the truth")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report = {"machine": machine(), "command": " ".join(["python", *sys.argv])}
+    report = {"machine": machine(), "command": script_command()}
     report["cost"] = measure_cost(args)
     if args.run:
         report["agreement"] = measure_agreement(args)

@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from jaxlab.optim import ire
 from jaxlab.optim.curvature import per_example_root_fisher, random_ranks, sampled_label_gradient
 from jaxlab.optim.sam import sam
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 
 WIDTHS, CLASSES = (64, 256, 256, 10), 10
 TRAIN, BATCH, EPOCHS, IRE_EPOCH, INTERVAL = 1280, 64, 100, 30, 10
@@ -331,7 +331,7 @@ def main() -> int:
     if args.json:
         report = {
             "machine": machine(("jax", "jaxlib", "optax", "scikit-learn")),
-            "command": " ".join(["python", "benchmarks/ire_stability_edge.py", *sys.argv[1:]]),
+            "command": script_command(),
             "seeds": args.seeds,
             "acceptance": checks,
             "rows": cells,

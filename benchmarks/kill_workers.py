@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 
 CONFIG = """
 name: killed
@@ -164,7 +164,7 @@ def main() -> int:
     different = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     report = {
         "machine": machine(("jax", "jaxlib")),
-        "command": " ".join(["python", "benchmarks/kill_workers.py", *sys.argv[1:]]),
+        "command": script_command(),
         "kills": len(killer.deaths),
         "kills_in_a_save": sum(death["in_a_save"] for death in killer.deaths),
         "deaths": killer.deaths,

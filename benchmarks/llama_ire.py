@@ -14,7 +14,6 @@ as --workers says; what is done is not done again.
 import argparse
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxlab.config import load_config
 from jaxlab.data.sources import load_documents, split_documents
 from jaxlab.data.tokenizer import train_tokenizer
 from jaxlab.evaluation.sharpness import evaluate_fisher_trace
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 from jaxlab.tools.sweep import Cell, interval, run_cells
 from jaxlab.training.metrics import read_metrics
 
@@ -180,7 +179,7 @@ def summarise(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         }
     return {
         "machine": machine(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": script_command(),
         "steps": args.steps,
         "seeds": args.seeds,
         "table": table,

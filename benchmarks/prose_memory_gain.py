@@ -12,8 +12,6 @@ at lag 1 (and lag 0) with the paired bootstrap over documents. Goes on where it 
 import argparse
 import dataclasses
 import json
-import shlex
-import sys
 from pathlib import Path
 
 from jaxlab.config import load_config
@@ -23,7 +21,7 @@ from jaxlab.memory.pipeline import write_bank
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank
 from jaxlab.models.decoder import parameter_count
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 from jaxlab.tools.plots import plot_gain
 from jaxlab.training.load import load_model
 from jaxlab.training.loop import train
@@ -95,14 +93,7 @@ def main() -> None:
     best = scores["memory lag 1"]
     names = [name for name in scores if name != "memory lag 1"]
     result = {
-        # The documents by name only: where they lie is this machine's business.
-        "command": shlex.join(
-            [
-                "python",
-                "benchmarks/prose_memory_gain.py",
-                *(Path(x).name if x == arguments.source else x for x in sys.argv[1:]),
-            ]
-        ),
+        "command": script_command(),
         "machine": machine(),
         "parameters": parameter_count(memory.config.model),
         "tokens": {

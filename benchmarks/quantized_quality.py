@@ -23,7 +23,7 @@ from jaxlab.inference.engine import Engine
 from jaxlab.memory.library import open_reader
 from jaxlab.memory.requantize import quantize_bank
 from jaxlab.memory.store import Bank
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 from jaxlab.training.load import load_model
 from jaxlab.workloads.demo import FACTS_SEED
 
@@ -78,7 +78,7 @@ def main() -> int:
         print(codec, results[codec], flush=True)
     report = {
         "machine": machine(PACKAGES),
-        "command": " ".join(["python", "benchmarks/quantized_quality.py", *sys.argv[1:]]),
+        "command": script_command(),
         "raw": {"recall": float(right.mean()), "bpb": scores.bits_per_byte},
         "questions": args.questions,
         "documents": len(documents),

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxlab.data.facts import draw_facts, prompt
 from jaxlab.memory.store import Bank
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, percentiles, script_command, write_json
 
 PACKAGES = ("jax", "jaxlib", "fastapi", "uvicorn", "openai")
 GREEDY, VANISHES = 0.1, 0.05
@@ -160,11 +160,6 @@ def _free(url: str) -> dict[str, float]:
     return figures
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    p50, p99, most = np.percentile(seconds, [50, 99, 100])
-    return {"p50": float(p50), "p99": float(p99), "max": float(most)}
-
-
 def _summary(tally: Tally, rss: list[float], after: dict[str, float], minutes: float) -> dict:
     by_minute = [float(np.median(rss[start : start + 60])) for start in range(0, len(rss), 60)]
     by_minute = by_minute[: max(1, int(minutes))]
@@ -179,8 +174,8 @@ def _summary(tally: Tally, rss: list[float], after: dict[str, float], minutes: f
         "repeated_greedy_answers": tally.repeats,
         "greedy_prompts_with_two_answers": sum(len(one) > 1 for one in tally.greedy.values()),
         "tokens_per_second": tally.tokens / (60 * minutes),
-        "seconds_to_first_token": _percentiles(tally.first),
-        "seconds_between_tokens": _percentiles(tally.between),
+        "seconds_to_first_token": {**percentiles(tally.first), "max": max(tally.first)},
+        "seconds_between_tokens": {**percentiles(tally.between), "max": max(tally.between)},
         "rss_bytes_by_minute": by_minute,
         "rss_growth_from_second_minute": by_minute[-1] / by_minute[min(1, len(by_minute) - 1)] - 1,
         "cache_hit_share": hits / max(1.0, hits + misses),
@@ -209,7 +204,7 @@ def main() -> int:
         code = process.wait(60)
     report = {
         "machine": machine(PACKAGES),
-        "command": " ".join(["python", "benchmarks/serve_load.py", *sys.argv[1:]]),
+        "command": script_command(),
         "references": bank.rows,
         "clients": args.clients,
         "rows": args.rows,

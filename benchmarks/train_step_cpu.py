@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxlab.tools.output import machine, write_json
+from jaxlab.tools.output import machine, script_command, write_json
 
 LEARNING_RATE, B1, B2, EPS, WEIGHT_DECAY, CLIP = 3e-4, 0.9, 0.95, 1e-8, 0.1, 1.0
 # float32 sums in another order; bfloat16 keeps 8 bits of every activation.
@@ -300,7 +300,7 @@ def _report(contestants: list[Contestant], settings: Settings, args: argparse.Na
         }
     return {
         "machine": _machine(settings.device),
-        "command": " ".join(["python", "benchmarks/train_step_cpu.py", *sys.argv[1:]]),
+        "command": script_command(),
         "preset": settings.preset,
         "batch": settings.batch,
         "length": settings.length,

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -69,6 +71,20 @@ def machine(packages: Sequence[str] = ("jax", "jaxlib")) -> dict[str, Any]:
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     versions = {package: metadata.version(package) for package in packages}
     return {"cpu": cpu, "cores": cores(), "python": sys.version.split()[0], **versions}
+
+
+def script_command() -> str:
+    """How this script of ``benchmarks/`` was called, without the folders of this machine."""
+    said = [re.sub(r"(^|[:=])(\.\.)?/(?!/)\S*/", r"\1", word) for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *said])
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The median and the 99th percentile."""
+    import numpy as np
+
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {"p50": float(p50), "p99": float(p99)}
 
 
 def cores() -> int:

@@ -46,7 +46,7 @@ def read_object(kvstore: Any, key: str, url: str) -> Any:
 def write_object(
     kvstore: Any, key: str, content: bytes, *, url: str, if_equal: bytes | None = None
 ) -> Any:
-    """Write one object at once or not at all; every byte of a bank goes through here."""
+    """Write one object at once or not at all."""
     try:
         return kvstore.write(key, content, if_equal=if_equal).result()
     except Exception as error:

@@ -26,14 +26,13 @@ can add nothing more. Any number of readers, each of which sees the bank as it w
 import contextlib
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.header import (
@@ -54,18 +53,11 @@ from jaxlab.memory.objects import (
     list_folders,
     open_kvstore,
     read_object,
-    write_object,
 )
 from jaxlab.memory.reading import BankReader, StoredMemories
-from jaxlab.memory.shards import (
-    StoredReference,
-    encode_array,
-    encode_cold,
-    encode_lone,
-    encode_shard,
-    shard_arrays,
-)
+from jaxlab.memory.shards import StoredReference
 from jaxlab.memory.verify import RepairReport, VerifyReport
+from jaxlab.memory.writing import ShardWriter
 
 SHARD_REFERENCES = 1024
 __all__ = [
@@ -80,7 +72,7 @@ __all__ = [
 ]
 
 
-class Bank(BankReader):
+class Bank(ShardWriter):
     """A memory bank at a local path or a ``file://``, ``gs://``, ``s3://``, ``memory://`` URL.
 
     Made by ``Bank.create`` or ``Bank.open``. Row numbers (ids) count over all shards from 0.
@@ -121,9 +113,6 @@ class Bank(BankReader):
         if bool(spec.codec) != bool(codec_state):
             raise BankError(f"bank {url}: a codec takes both its name and its state")
         states = {EMBEDDER_FILE: embedder_state, CODEC_FILE: codec_state}
-        for key, state in states.items():
-            if state:
-                write_object(kvstore, key, state, url=url)
         files = [StoredFile.of(state) if state else None for state in states.values()]
         header = Header(spec=spec, embedder_file=files[0], codec_file=files[1])
         bank = cls(
@@ -133,6 +122,9 @@ class Bank(BankReader):
             header=header,
             generation=found.stamp.generation,
         )
+        for key, state in states.items():
+            if state:
+                bank._write(key, state)
         bank._become_writer()
         return bank
 
@@ -202,77 +194,6 @@ class Bank(BankReader):
         self.add([self.store(None, None, embeddings, references, number=number, start=start)])
         return range(start, self.rows)
 
-    def store(
-        self,
-        memories: Shaped[np.ndarray, "n Lm 2 K m H"] | None,
-        kept: Int[np.ndarray, " n"] | None,
-        embeddings: Float[np.ndarray, "n dim"],
-        references: Sequence[StoredReference],
-        *,
-        number: int,
-        start: int,
-        cold: Bool[np.ndarray, " n"] | None = None,
-    ) -> Shard:
-        """Write the objects of a shard, which is in the bank once its writer adds it.
-
-        None for ``memories`` makes a cold shard, and so does ``cold``: it says which of them are
-        not encoded. None for ``kept``: every token, as many as a memory has. Several processes
-        store shards of one bank at once, each its own ``number``. Raises as :meth:`append` does.
-        """
-        spec, count = self.spec, len(references)
-        if kept is None:
-            tokens = [reference.tokens for reference in references]
-            kept = np.minimum(np.array(tokens, np.int32), spec.memory_shape[3])
-        if memories is None:
-            cold = np.ones(count, bool)
-            memories = np.broadcast_to(spec.stored_dtype.type(0), (count, *spec.stored_shape))
-        arrays = shard_arrays(
-            spec, self._as_stored(np.asarray(memories)), kept, embeddings, count, url=self.url
-        )
-        if cold is None:
-            return self._put(encode_shard(arrays, references), number, start, count)
-        lone = encode_cold(spec.stored_name, arrays.pop(spec.stored_name), cold)
-        return self._put(
-            encode_shard(arrays, references), number, start, count, cold=True, lone=lone
-        )
-
-    def warm(
-        self, rows: Int[np.ndarray, " n"], memories: Shaped[np.ndarray, "n Lm 2 K m stored"]
-    ) -> None:
-        """Store the memories of cold references, each at once or not at all.
-
-        For readers, too, and for several at once: model and text decide what is stored. Rows that
-        lie in no cold shard are left as they are.
-        """
-        stored = self._as_stored(np.asarray(memories))
-        wanted = (len(rows), *self.spec.stored_shape)
-        if stored.shape != wanted or stored.dtype != self.spec.stored_dtype:
-            raise BankError(
-                f"warm {self.url}: memories are {stored.dtype} of shape {stored.shape}, expected"
-                f" {self.spec.stored_dtype} of shape {wanted}"
-            )
-        self._require_living(np.asarray(rows, np.int64))
-        order = np.argsort(rows, kind="stable")
-        for shard, inside, part in self._by_shard(np.asarray(rows, np.int64)[order]):
-            if not shard.cold:
-                continue
-            for row, place in zip(inside.tolist(), order[part], strict=True):
-                content = encode_lone(stored[place])
-                write_object(self._kvstore, self._lone_key(shard, row), content, url=self.url)
-
-    def store_copy(
-        self,
-        source: BankReader,
-        shard: Shard,
-        memories: Shaped[np.ndarray, "n Lm 2 K m stored"],
-    ) -> Shard:
-        """Write a shard of another bank with other ``memories`` and the rest bit for bit."""
-        old, new = f"{source.spec.stored_name}/", self.spec.stored_name
-        same = {path for path in shard.files if not path.startswith(old)}
-        objects = {path: source.object_of(shard, path) for path in same}
-        objects |= encode_array(new, self._as_stored(memories))
-        return self._put(objects, self.next_number, shard.start, shard.count)
-
     def add(self, shards: Sequence[Shard]) -> None:
         """List stored shards in the header: its writer commits it, others only take note.
 
@@ -305,7 +226,7 @@ class Bank(BankReader):
         if (gone := int(before.sum() - after.sum())) > 0:
             content = np.flatnonzero(~after).astype("<i8").tobytes()
             header = replace(self._header, deleted_file=StoredFile.of(content))
-            write_object(self._kvstore, header.deleted_key, content, url=self.url)
+            self._write(header.deleted_key, content)
             self._commit(header)
         return gone
 
@@ -325,7 +246,7 @@ class Bank(BankReader):
         """Store an index of this bank's rows in place of the one it had."""
         self.require_writable()
         header = replace(self._header, index_file=StoredFile.of(content), index=index)
-        write_object(self._kvstore, header.index_key, content, url=self.url)
+        self._write(header.index_key, content)
         self._commit(header)
         with contextlib.suppress(BankError):
             self._sweep()
@@ -337,13 +258,8 @@ class Bank(BankReader):
         )
         if header.deleted_file is not None:
             content = other._checked(header.deleted_key, header.deleted_file)
-            write_object(self._kvstore, header.deleted_key, content, url=self.url)
+            self._write(header.deleted_key, content)
         self._commit(header)
-
-    def forget(self, shard: Shard, paths: Iterable[str]) -> int:
-        """Delete memories of a cold shard, which are encoded again when they are next read."""
-        gone = [delete_object(self._kvstore, shard.folder + p, url=self.url) for p in paths]
-        return len(gone)
 
     def exchange(self, shards: Sequence[Shard], **changes: Any) -> None:
         """Commit another list of shards in one go, then delete what is no longer listed."""
@@ -351,37 +267,6 @@ class Bank(BankReader):
         # What cannot be deleted now goes when the bank is next opened for writing.
         with contextlib.suppress(BankError):
             self._sweep()
-
-    def _put(
-        self,
-        objects: Mapping[str, bytes],
-        number: int,
-        start: int,
-        count: int,
-        *,
-        cold: bool = False,
-        lone: Mapping[str, bytes] = MappingProxyType({}),
-    ) -> Shard:
-        """Write the objects of a shard, or none; of ``lone`` no memory is listed in the header."""
-        listed = {**objects, **{path: each for path, each in lone.items() if "/c/" not in path}}
-        files = {path: StoredFile.of(content) for path, content in listed.items()}
-        name = f"{number:06d}-{self._header.writer}"
-        shard = Shard(name=name, start=start, count=count, files=files, cold=cold)
-        try:
-            for path, content in {**objects, **lone}.items():
-                write_object(self._kvstore, shard.folder + path, content, url=self.url)
-        except BaseException:
-            with contextlib.suppress(BankError):
-                delete_folder(self._kvstore, shard.folder, url=self.url)
-            raise
-        return shard
-
-    def _as_stored(self, memories: np.ndarray) -> np.ndarray:
-        """Memories, or the codes of them in a quantized bank, which may be given already."""
-        whole = memories.shape[1:] == self.spec.memory_shape
-        if self.codec is not None and whole and memories.dtype != np.uint8:
-            memories = self.codec.encode(memories.astype(np.float32))
-        return np.ascontiguousarray(memories)
 
     def require_writable(self) -> None:
         """Raise BankError when opened for reading or changed by another writer."""
@@ -402,9 +287,7 @@ class Bank(BankReader):
     def _commit(self, header: Header) -> None:
         """Replace the header if it is still the one this bank knows."""
         expected, self._generation = self._generation, None  # until the outcome is certain
-        stamp = write_object(
-            self._kvstore, HEADER_FILE, header.to_bytes(), url=self.url, if_equal=expected
-        )
+        stamp = self._write(HEADER_FILE, header.to_bytes(), if_equal=expected)
         if not stamp.generation:
             raise self._changed()
         self._use(header)

@@ -277,9 +277,9 @@ def die_after_append(count: int) -> None:
 
 def die_at_object(count: int) -> None:
     """SIGKILL before the ``count``-th object of a bank is written."""
-    from jaxlab.memory import store
+    from jaxlab.memory import writing
 
-    write, written = store.write_object, []
+    write, written = writing.write_object, []
 
     def writing(*arguments, **options):
         written.append(True)
@@ -287,7 +287,7 @@ def die_at_object(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(*arguments, **options)
 
-    store.write_object = writing
+    writing.write_object = writing
 
 
 def small_shards(references: int) -> None:

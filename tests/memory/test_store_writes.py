@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxlab.errors import BankError
-from jaxlab.memory import objects, store
+from jaxlab.memory import objects, writing
 from jaxlab.memory.store import Bank
 from tests.memory.stored import bits, contents, files_of, written
 
@@ -27,7 +27,7 @@ def test_an_append_that_fails_at_any_write_leaves_the_bank_as_it_was(tmp_path, m
             raise BankError(f"cannot write {key} (No space left on device)")
         return objects.write_object(kvstore, key, content, **options)
 
-    monkeypatch.setattr(store, "write_object", full_disk)
+    monkeypatch.setattr(writing, "write_object", full_disk)
     with pytest.raises(BankError, match="No space left"):
         bank.append(*contents(2, seed=5))
     assert len(calls) == when and (calls[-1] == "header.json") == (when == 13)
@@ -42,7 +42,7 @@ CHILD = """
     import os, resource, signal, sys
     import numpy as np
     from jaxlab.errors import BankError
-    from jaxlab.memory import store
+    from jaxlab.memory import store, writing
     from tests.memory.stored import contents
 
     bank = store.Bank.open(sys.argv[1], write=True)
@@ -68,12 +68,12 @@ def test_a_writer_killed_before_its_commit_leaves_what_was_committed(tmp_path):
     child = run_child(
         tmp_path,
         """
-        write = store.write_object
+        write = writing.write_object
         def dying(kvstore, key, content, **options):
             if key == "header.json":
                 os._exit(9)
             return write(kvstore, key, content, **options)
-        store.write_object = dying
+        writing.write_object = dying
         bank.append(*contents(4, seed=7))
         """,
     )

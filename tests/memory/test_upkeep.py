@@ -189,20 +189,20 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("when", [1, 7, 12, 13])
 def test_a_compaction_that_ends_before_its_commit_changes_nothing(tmp_path, monkeypatch, when):
-    from jaxlab.memory import store
+    from jaxlab.memory import writing
 
     bank = written(tmp_path, counts=COUNTS)
     bank.delete(rows=[4])
     before, files, calls = told(bank), files_of(tmp_path), []
 
-    def dying(kvstore, key, content, write=store.write_object, **options):
+    def dying(kvstore, key, content, write=writing.write_object, **options):
         calls.append(key)
         if len(calls) == when:
             raise Killed
         return write(kvstore, key, content, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(store, "write_object", dying)
+        patch.setattr(writing, "write_object", dying)
         bank.compact(shard_references=4)
     again = Bank.open(tmp_path, write=True)
     assert told(again) == before and files_of(tmp_path) == files

@@ -1,6 +1,7 @@
 """Every error as the OpenAI protocol has it: one JSON object that says why, never a traceback."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -67,8 +68,10 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or None
+        first = _closest(error.errors())
+        # A loc names fields, places in lists, and which of several types was tried.
+        parts = [str(part) for part in first["loc"][1:]]
+        place = ".".join(p for p in parts if p.isidentifier() or p.isdigit()) or None
         if first["type"] == "json_invalid":
             return ApiError(400, "the body is not JSON").response()
         reason = first["msg"].removeprefix("Value error, ")
@@ -87,6 +90,13 @@ def handle_errors(app: FastAPI) -> None:
     async def of_server(_: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
         return ApiError(500, "the server failed; its log says why").response()
+
+
+def _closest(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The error to tell: where a field may be of several types, of the type that was meant."""
+    place = errors[0]["loc"][:2]
+    same = [error for error in errors if error["loc"][:2] == place]
+    return next((error for error in same if not error["type"].endswith("_type")), errors[0])
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {

@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from jaxlab.inference.requests import MOST_ALTERNATIVES, Request
 from jaxlab.inference.sampling import Sampling
 
-MOST_STOPS = 4
 _MOST_TOKENS = 1 << 20
 # Fields that are refused, and the values with which they change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -41,6 +40,7 @@ def _is_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
+StopText = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
 
 
 class _Body(BaseModel):
@@ -60,7 +60,7 @@ class _Generation(_Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=_MOST_TOKENS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Text] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     memory: Literal["on", "off", "shuffled", "text"] = "on"
@@ -71,10 +71,6 @@ class _Generation(_Body):
             neutral = _REFUSED.get(name)
             if neutral is not None and value is not None and value not in neutral:
                 raise ValueError(f"{name} is not supported by this server")
-        if len(self.stops) > MOST_STOPS:
-            raise ValueError(f"stop has {len(self.stops)} strings, at most {MOST_STOPS} are taken")
-        if "" in self.stops:
-            raise ValueError("stop holds an empty string")
         return self
 
     @property

@@ -1,7 +1,9 @@
 """Law of every endpoint: whatever comes, it answers as its OpenAPI description says, never 5xx."""
 
+import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -9,6 +11,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from jaxlab.serving import schemas
 from jaxlab.serving.app import create_app
 from jaxlab.serving.settings import Settings
 from tests.serving.fakes import KEY, FakeEngine
@@ -29,6 +32,26 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", app)
 def test_whatever_comes_is_answered_as_described(case):
     headers = {"Authorization": f"Bearer {KEY}"} if case.path == "/memory/add" else None
     case.call_and_validate(checks=CHECKS, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", schemas.CompletionBody),
+        ("/v1/chat/completions", schemas.ChatBody),
+        ("/memory/search", schemas.SearchBody),
+        ("/memory/add", schemas.AddBody),
+    ],
+)
+@given(data=st.data())
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+def test_what_the_description_allows_is_taken(path, body, data):
+    fields = body.model_json_schema()["properties"]
+    described = data.draw(schema[path]["POST"].as_strategy()).body
+    # Other fields may be there, some of which no answer could honour.
+    body.model_validate({name: each for name, each in described.items() if name in fields})
 
 
 def test_the_description_has_every_endpoint():

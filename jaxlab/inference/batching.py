@@ -12,9 +12,10 @@ import threading
 from collections import deque
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.inference.programs import Programs, Said, State
+from jaxlab.inference.programs import Programs, Said, State, say
 from jaxlab.inference.requests import MOST_ALTERNATIVES, Finish, TokenLogprob
 from jaxlab.inference.retrieval import Retrieval
 from jaxlab.inference.sampling import Choices, Sampling
@@ -49,6 +50,7 @@ class Batch:
         self._retrieval, self._codebook = retrieval, codebook
         self._group, self._woken = group, woken
         self._rows: list[Sequence | None] = [None] * rows
+        self._said = jnp.zeros(rows, jnp.int32)  # what each row said last, on the device
         self._queue: deque[Sequence] = deque()
         self._sent: tuple[Said, list[Sequence]] | None = None
         self.counts = dict.fromkeys(
@@ -242,17 +244,18 @@ class Batch:
                 given[row] = sequence.pending
             samplings[row], said[row] = sequence.request.sampling, sequence.asked
         asked = any(one.request.logprobs is not None for one in ready)
-        self._state, answer = self._programs.decode(
-            *self._given,
-            self._state,
-            lengths,
-            given,
+        self._state, logits = self._programs.decode(
+            *self._given, self._state, lengths, given, self._said
+        )
+        answer = say(
+            logits,
             Choices.of(samplings, said),
             drawn=any(one.temperature > 0 for one in samplings),
             limited=any(one.limited for one in samplings),
             # As many as anyone can ask for: each number would be a program of its own.
             alternatives=MOST_ALTERNATIVES if asked else None,
         )
+        self._said = answer.tokens
         self.counts["steps"] += 1
         for sequence in ready:
             self._asked(sequence)
@@ -263,7 +266,7 @@ class Batch:
         sequence.asked += 1
         if sequence.asked == sequence.request.max_tokens or sequence.begins_chunk:
             sequence.phase = Phase.TOKEN
-        elif sequence.reads and sequence.left_of_chunk() == self._retrieval.lead:
+        elif sequence.reads and sequence.left_of_chunk() == self._retrieval.lead > 0:
             self._retrieval.expect(sequence.begun_text())
 
     def _accept(self, answer: Said, sequences: list[Sequence]) -> None:

@@ -67,8 +67,9 @@ class Engine:
 
     ``like``, another engine of the same model, shares its weights and compiled programs.
 
-    What a request is answered does not depend on what else is under way: shapes are fixed, and
-    search and sampling go by the request alone.
+    What a request is answered does not depend on what else is under way: shapes are fixed, one
+    program computes the logits, and search and sampling go by the request alone (but for an
+    embedder of sentence-transformers, whose last bits vary with the texts that it embeds at once).
     """
 
     def __init__(
@@ -154,7 +155,8 @@ class Engine:
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.
 
-        It must neither block nor raise; the last event has ``finish``. Raises DataError when the
+        It must not block, and if it raises the request ends; the last event has ``finish``. Raises
+        DataError when the
         request does not fit, and when the engine is closing.
         """
         self.check(request)
@@ -191,7 +193,8 @@ class Engine:
         """Continue each prompt by at most ``max_tokens`` tokens, to ``</s>`` or before ``stop``.
 
         ``on_token(row, text)`` receives the text as it grows. Raises DataError when a prompt and
-        its answer do not fit in the context, and what went wrong while memories were read.
+        its answer do not fit in the context, what went wrong while memories were read, and what
+        ``on_token`` raised, which ends that prompt.
         """
         requests = [
             Request(
@@ -217,10 +220,14 @@ class Engine:
         return [answer.generation() for answer in answers]
 
     def warm(self) -> None:
-        """Compile what requests commonly need, so that the first does not wait for it."""
+        """Compile all that requests may need, so that none waits for it."""
         before = dict(self._batch.counts)
-        for sampling in (Sampling(), Sampling(temperature=1.0)):
-            self.generate(["a b c"], max_tokens=1, sampling=sampling, memory="off")
+        drawn = Sampling(temperature=1.0)
+        for sampling in (Sampling(), drawn, dataclasses.replace(drawn, top_p=0.5)):
+            for logprobs in (None, 0):
+                self.generate(
+                    ["a b c"], max_tokens=1, sampling=sampling, memory="off", logprobs=logprobs
+                )
         self._batch.counts.update(before)
 
     def start(self) -> None:
@@ -275,7 +282,8 @@ class Engine:
             while not (self._closing and self._batch.idle):
                 self._turn()
         except BaseException as error:  # told to all that wait, and by `failure`
-            self.failure = error
+            with self._woken:
+                self.failure = error  # from here on nothing is queued
             self._batch.end_all("error", error=f"the engine failed: {error!r}")
         finally:
             self.alive = False
@@ -296,16 +304,24 @@ class _Answer:
     def __init__(self, number: int, on_token: Callable[[int, str], None] | None):
         self._number, self._on_token = number, on_token
         self._events: list[Event] = []
+        self._raised: Exception | None = None
         self.finished = threading.Event()
 
     def take(self, event: Event) -> None:
         self._events.append(event)
-        if self._on_token is not None and event.text:
-            self._on_token(self._number, event.text)
-        if event.finish:
-            self.finished.set()
+        try:
+            if self._on_token is not None and event.text:
+                self._on_token(self._number, event.text)
+        except Exception as error:
+            self._on_token, self._raised = None, error
+            raise
+        finally:
+            if event.finish:
+                self.finished.set()
 
     def generation(self) -> Generation:
+        if self._raised is not None:
+            raise self._raised
         last = self._events[-1]
         if last.finish == "error":
             raise JaxlabError(last.error)

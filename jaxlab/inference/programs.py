@@ -1,8 +1,9 @@
-"""What runs on the device while sequences are generated: three programs over one state.
+"""What runs on the device while sequences are generated: programs over one state.
 
 All shapes are fixed, so that each is compiled once and what a sequence says cannot depend on its
-company: ``rows`` sequences are decoded together, and ``group`` of them at a time get their memories
-and read a chunk of their prompts.
+company: one program computes logits, and only how tokens are chosen from them is compiled for what
+is asked for. ``rows`` sequences are decoded together, and ``group`` of them at a time get their
+memories and read a chunk of their prompts.
 """
 
 import dataclasses
@@ -29,12 +30,11 @@ class State(NamedTuple):
     """What stays on the device from call to call, in buffers that are used again.
 
     layers: the caches of all rows. slots: what each row reads, or None without memory; both with
-    tuples of layers. tokens: what each row said last.
+    tuples of layers.
     """
 
     layers: tuple[KeyValues, ...]
     slots: Slots | None
-    tokens: Int[Array, " B"]
 
 
 class Said(NamedTuple):
@@ -115,12 +115,11 @@ class Programs:
         return jax.jit(prefill, donate_argnums=2)
 
     @functools.cached_property
-    def decode(self) -> Callable[..., tuple[State, Said]]:
-        """(params, preface, state, lengths, given, choices; drawn, limited, alternatives).
+    def decode(self) -> Callable[..., tuple[State, Float[Array, "B V"]]]:
+        """(params, preface, state, lengths, given, said) -> (state, logits of the next tokens).
 
-        Returns (state, said). The last three say what no row asks for, as for :func:`choose`.
-        One token of every row: ``given`` where it is not negative, else what the row said last, is
-        written behind ``lengths`` tokens, and the next is chosen.
+        One token of every row: ``given`` where it is not negative, else what the row ``said`` last,
+        is written behind ``lengths`` tokens.
         """
 
         def decode(
@@ -129,30 +128,35 @@ class Programs:
             state: State,
             lengths: Int[Array, " B"],
             given: Int[Array, " B"],
-            choices: Choices,
-            *,
-            drawn: bool = False,
-            limited: bool = False,
-            alternatives: int | None = None,
+            said: Int[Array, " B"],
         ):
             decoder = nnx.merge(self.graphdef, params)
             hidden, cache = decoder(
-                jnp.where(given >= 0, given, state.tokens)[:, None],
+                jnp.where(given >= 0, given, said)[:, None],
                 preface=preface,
                 slots=state.slots,
                 cache=Cache(state.layers, lengths),
                 start=self.start,
             )
-            logits = decoder.logits(hidden[:, 0])
-            tokens = choose(logits, choices, drawn=drawn, limited=limited)
-            said = _said(logits, tokens, alternatives)
-            return state._replace(layers=cache.layers, tokens=tokens), said
+            return state._replace(layers=cache.layers), decoder.logits(hidden[:, 0])
 
-        statics = ("drawn", "limited", "alternatives")
-        return jax.jit(decode, donate_argnums=2, static_argnames=statics)
+        return jax.jit(decode, donate_argnums=2)
 
 
-def _said(logits, tokens, alternatives: int | None) -> Said:
+@functools.partial(jax.jit, static_argnames=("drawn", "limited", "alternatives"))
+def say(
+    logits: Float[Array, "B V"],
+    choices: Choices,
+    *,
+    drawn: bool,
+    limited: bool,
+    alternatives: int | None,
+) -> Said:
+    """The next token of every row, with so many ``alternatives``; None: no log-probabilities.
+
+    ``drawn`` and ``limited`` say what no row asks for, as for :func:`choose`.
+    """
+    tokens = choose(logits, choices, drawn=drawn, limited=limited)
     if alternatives is None:
         return Said(tokens)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
@@ -189,4 +193,4 @@ def empty_state(
         )
         slots = Slots(keys, values, jnp.zeros(shape[:3], bool))
     layers = empty_cache(model, batch=rows, length=length, unstacked=True).layers
-    return State(layers, slots, jnp.zeros((rows,), jnp.int32))
+    return State(layers, slots)

@@ -1,6 +1,6 @@
 """Retrieval beside decoding: what sequences read next is searched and loaded by another thread."""
 
-import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +14,7 @@ from jaxlab.inference.sequences import Sequence as Generated
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.retrieve import Hits
 
+log = logging.getLogger(__name__)
 # The control "shuffled" exchanges memories in one way, the same for all requests.
 _SHUFFLE_SEED = 0
 
@@ -37,7 +38,6 @@ class Retrieval:
         self._come: deque[tuple[Generated, list[Chunk] | str]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="retrieval")
         self._busy = False
-        self.searches = 0
 
     def ask(self, sequence: Generated, first: int, texts: Sequence[str]) -> None:
         """What ``texts`` retrieve, for the chunks from number ``first`` on."""
@@ -81,15 +81,16 @@ class Retrieval:
     def _found(self, waiting) -> list[tuple[Generated, list[Chunk] | str]]:
         try:
             return self._chunks(waiting)
-        except JaxlabError as error:
+        except Exception as error:
             if len(waiting) == 1:
-                return [(waiting[0][0], str(error))]
+                log.error("what a request reads could not be retrieved", exc_info=error)
+                told = str(error) if isinstance(error, JaxlabError) else repr(error)
+                return [(waiting[0][0], told)]
         # One of them is at fault; the others shall not suffer.
         return [self._found([one])[0] for one in waiting]
 
     def _chunks(self, waiting) -> list[tuple[Generated, list[Chunk] | str]]:
         hits = self.reader.search([text for *_, texts in waiting for text in texts])
-        self.searches += len(hits.ids)
         # Where each sequence's own chunks lie among all that were searched.
         ends = np.cumsum([len(texts) for *_, texts in waiting])
         places = [
@@ -126,6 +127,7 @@ class Retrieval:
         ]
 
     def _bring_near(self, texts: list[str]) -> None:
-        # Only a guess: whatever is wrong will show when it is needed.
-        with contextlib.suppress(JaxlabError):
+        try:
             self.reader.fetch(self.reader.exchanged(self.reader.search(texts).ids))
+        except Exception as error:  # only a guess: what is wrong will show when it is needed
+            log.warning("what may be read next could not be brought near: %r", error)

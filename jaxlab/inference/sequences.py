@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from jaxtyping import Bool, Shaped
 from jaxlab.data.tokenizer import Tokenizer
 from jaxlab.inference.requests import Citation, Event, Finish, Request, TokenLogprob
 from jaxlab.inference.text import TextStream
+
+log = logging.getLogger(__name__)
 
 
 class Phase(enum.Enum):
@@ -134,7 +137,7 @@ class Sequence:
     def cite(self, citations: tuple[Citation, ...]) -> None:
         """Tell of references that are about to be read."""
         if citations:
-            self.on_event(Event(tokens=len(self.said), citations=citations))
+            self._send(Event(tokens=len(self.said), citations=citations))
 
     def end(self, finish: Finish, error: str | None = None) -> None:
         """Tell of the end."""
@@ -145,4 +148,11 @@ class Sequence:
     def _tell(self, text: str, **end) -> None:
         said, logprobs = self._untold
         self._untold = (), ()
-        self.on_event(Event(text, said, len(self.said), logprobs, **end))
+        self._send(Event(text, said, len(self.said), logprobs, **end))
+
+    def _send(self, event: Event) -> None:
+        try:
+            self.on_event(event)
+        except Exception as error:  # the others shall not suffer
+            log.error("who asked could not be told; the request is cancelled", exc_info=error)
+            self.cancelled = True

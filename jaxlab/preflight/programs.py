@@ -11,7 +11,6 @@ from jaxtyping import PyTree
 from jaxlab.config import ExperimentConfig
 from jaxlab.errors import ConfigError
 from jaxlab.inference.programs import Programs, State
-from jaxlab.inference.sampling import Choices
 from jaxlab.memory.write import compile_encode
 from jaxlab.models.attention import KeyValues, Slots
 from jaxlab.models.cache import empty_cache
@@ -144,8 +143,6 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
     cache = jax.eval_shape(lambda: empty_cache(model, batch=rows, length=model.max_context))
     cache = _placed(mesh, cache.layers, None, "batch", None, "kv_heads")
     numbers = _placed(mesh, jax.ShapeDtypeStruct((rows,), jnp.int32), "batch")
-    fractions = _placed(mesh, jax.ShapeDtypeStruct((rows,), jnp.float32), "batch")
-    choices = Choices(fractions, numbers, fractions, numbers, numbers)
     preface = slots = None
     start, slot_axes = 0, ()
     if model.memory_layers:
@@ -162,12 +159,12 @@ def _decode(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
         # The layers scanned, not one by one, which takes many times as long to compile: what is
         # computed, held and sent is the same.
         step=Programs(graphdef, start).decode,
-        arguments=(params, preface, State(cache, slots, numbers), numbers, numbers, choices),
+        arguments=(params, preface, State(cache, slots), numbers, numbers, numbers),
         given={
             "parameters": params,
             "memory slots": (preface, slots),
             "cache": cache,
-            "batch": (numbers, choices),
+            "batch": numbers,
         },
         tokens=rows,
         slot_axes=slot_axes,

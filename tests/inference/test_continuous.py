@@ -1,5 +1,6 @@
 """Laws of continuous batching: nobody waits for another, and nobody's answer depends on another."""
 
+import re
 import threading
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 
 from jaxlab.errors import BankError, DataError, JaxlabError
 from jaxlab.inference.engine import Engine
+from jaxlab.inference.programs import say
 from jaxlab.inference.requests import Request
 from jaxlab.inference.retrieval import Retrieval
 from jaxlab.inference.sampling import Sampling
@@ -110,6 +112,33 @@ def test_an_answer_is_the_same_to_the_last_bit_in_any_company(bank, engine_of):
     assert third == {number: first[number] for number in (4, 5)}
 
 
+def test_an_answer_is_the_same_beside_whoever_asks_for_more(bank, engine_of):
+    """Draws, limits and log-probabilities of the others are programs that it shares with them."""
+    alone = engine_of(reader_of(bank)).generate([PROMPTS[0]], max_tokens=9)[0].tokens
+    for others in (
+        dict(sampling=Sampling(temperature=2.0)),
+        dict(sampling=Sampling(temperature=2.0, top_p=0.5)),
+        dict(logprobs=20),
+    ):
+        engine = engine_of(reader_of(bank))
+        listeners = [Listener(engine, PROMPTS[0], max_tokens=9)]
+        listeners += [Listener(engine, text, max_tokens=6, **others) for text in PROMPTS[1:]]
+        while not all(one.ended.is_set() for one in listeners):
+            engine._turn()
+        assert listeners[0].tokens == alone
+
+
+def test_a_warm_engine_compiles_nothing_more(bank, engine_of):
+    engine = engine_of(reader_of(bank))
+    engine.warm()
+    compiled = [each._cache_size() for each in (engine.programs.decode, say)]
+    for sampling in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=3)):
+        for logprobs in (None, 2):
+            engine.generate(PROMPTS, max_tokens=2, sampling=sampling, logprobs=logprobs)
+    assert [each._cache_size() for each in (engine.programs.decode, say)] == compiled
+    assert engine.stats()["requests"] == 6 * len(PROMPTS)
+
+
 def test_a_running_engine_answers_as_one_that_is_driven(bank, engine_of):
     driven = engine_of(reader_of(bank)).generate(PROMPTS, max_tokens=9)
     engine = engine_of(reader_of(bank), running=True)
@@ -159,7 +188,14 @@ def test_one_that_is_cancelled_leaves_its_row_to_the_next(bank, engine_of):
     assert third.events[-1].finish == "length"
 
 
-def test_what_cannot_be_read_ends_only_those_who_need_it(bank, engine_of, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (BankError("reference 3 is damaged"), "reference 3 is damaged"),
+        (RuntimeError("out of luck"), "RuntimeError('out of luck')"),
+    ],
+)
+def test_what_cannot_be_read_ends_only_those_who_need_it(bank, engine_of, monkeypatch, error, told):
     reader = reader_of(bank)
     bad = int(reader.search(["hhhh"]).ids[0, 0])
     good = [text for text in ("aaaa", "cccc") if bad not in reader.search([text]).ids]
@@ -168,7 +204,7 @@ def test_what_cannot_be_read_ends_only_those_who_need_it(bank, engine_of, monkey
 
     def damaged(ids):
         if bad in ids:
-            raise BankError(f"reference {bad} is damaged")
+            raise error
         return fetch(ids)
 
     monkeypatch.setattr(reader, "fetch", damaged)
@@ -177,10 +213,24 @@ def test_what_cannot_be_read_ends_only_those_who_need_it(bank, engine_of, monkey
     while not all(one.ended.is_set() for one in listeners):
         engine._turn()
     last = listeners[0].events[-1]
-    assert (last.finish, last.error) == ("error", f"reference {bad} is damaged")
+    assert (last.finish, last.error) == ("error", told)
     assert all(one.events[-1].finish == "length" for one in listeners[1:])
-    with pytest.raises(JaxlabError, match=f"reference {bad} is damaged"):
+    with pytest.raises(JaxlabError, match=re.escape(told)):
         engine.generate(["hhhh"], max_tokens=2)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_who_cannot_be_told_ends_and_the_others_go_on(bank, engine_of, running):
+    wanted = engine_of(reader_of(bank)).generate(PROMPTS, max_tokens=6)
+    engine = engine_of(reader_of(bank), running=running)
+
+    def deaf(row, text):
+        if row == 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(PROMPTS, max_tokens=6, on_token=deaf)
+    assert engine.generate(PROMPTS, max_tokens=6) == wanted
 
 
 def test_off_reads_the_preface_alone_and_shuffled_another_memory(bank, engine_of):
@@ -248,8 +298,13 @@ def test_reading_ahead_asks_once_a_chunk_and_changes_no_answer(bank, engine_of):
     engine._batch._retrieval.lead = 1
     engine._batch._retrieval.expect = lambda text: expected.append(text) or expect(text)
     (found,) = engine.generate(["abcddag"], max_tokens=10)
-    (plain,) = engine_of(reader_of(bank, cache_bytes=0)).generate(["abcddag"], max_tokens=10)
+    reader = reader_of(bank, cache_bytes=0)
+    searched, search = [], reader.search
+    reader.search = lambda texts: searched.extend(texts) or search(texts)
+    (plain,) = engine_of(reader).generate(["abcddag"], max_tokens=10)
     assert found == plain
+    # Where nothing is kept nothing is read ahead: the prompt has two chunks, and two follow.
+    assert len(searched) == 4
     # A token before each of the two ends of chunks that a refresh follows.
     assert len(expected) == 2
     text = "abcddag" + found.text

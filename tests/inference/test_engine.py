@@ -1,13 +1,12 @@
 """Laws of generation with memory: the cache against recomputation, when memories are renewed."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from jaxlab.errors import ConfigError, DataError
+from jaxlab.inference import batching
 from jaxlab.inference.engine import Engine
 from jaxlab.inference.programs import Said
 from jaxlab.inference.sampling import Sampling
@@ -41,11 +40,8 @@ def engine_of():
     """Engines that share their compiled programs: these depend on the model alone."""
     first = Engine(small_model(), use_preface=True)
 
-    def make(reader, *, rows=3, programs=None, **options):
-        made = Engine(small_model(), reader, use_preface=True, rows=rows, like=first, **options)
-        if programs is not None:
-            made._batch._programs = programs
-        return made
+    def make(reader, *, rows=3, **options):
+        return Engine(small_model(), reader, use_preface=True, rows=rows, like=first, **options)
 
     return make
 
@@ -102,41 +98,37 @@ def test_a_prompt_alone_is_continued_as_in_a_batch(bank, engine_of):
     assert [c.reference for c in alone.citations] == [c.reference for c in whole[1].citations]
 
 
-@pytest.fixture(scope="module")
-def scripted(engine_of):
-    """Programs that let row n say text n, a character a step, whatever the model thinks.
+@pytest.fixture
+def scripted(monkeypatch):
+    """Lets row n say text n, a character a step, whatever the model thinks; gives the steps.
 
-    ``|`` is the end of the text. The second value grows by one with every step.
+    ``|`` is the end of the text.
     """
-    real = engine_of(None).programs
     tokenizer = small_model().tokenizer
 
-    def make(*texts):
-        steps = []
-        scripts = []
+    def script(*texts):
+        scripts, steps = [], []
         for text in texts:
             said, end, _ = text.partition("|")
             ids = tokenizer.encode(said) + [tokenizer.eos_id] * bool(end)
             scripts.append(ids + tokenizer.encode("a") * 20)
 
-        def decode(params, preface, state, lengths, given, choices, **_):
-            steps.append(lengths)
+        def say(logits, choices, **_):
+            steps.append(choices.said)
             said = choices.said.tolist()
-            tokens = [script[n] for script, n in zip(scripts, said, strict=True)]
-            return state._replace(tokens=jnp.asarray(tokens)), Said(np.array(tokens))
+            return Said(jnp.array([script[n] for script, n in zip(scripts, said, strict=True)]))
 
-        programs = dataclasses.replace(real)
-        programs.__dict__.update(load=real.load, prefill=real.prefill, decode=decode)
-        return programs, steps
+        monkeypatch.setattr(batching, "say", say)
+        return steps
 
-    return make
+    return script
 
 
 def test_memories_are_renewed_exactly_where_a_chunk_is_complete(bank, engine_of, scripted):
     """A prompt of two chunks and two chunks of answer retrieve three times, as in the paper."""
     reader = small_reader(bank)
-    programs, _ = scripted("ccddeeff", "ggggaaaa", "bcbcefef")
-    engine_of(reader, programs=programs).generate(PROMPTS, max_tokens=NEW)
+    scripted("ccddeeff", "ggggaaaa", "bcbcefef")
+    engine_of(reader).generate(PROMPTS, max_tokens=NEW)
     assert reader.searched == [
         # The prompts by chunk; where there is no text there is nothing to find.
         ["abcd", "daga", "hc", ""],
@@ -149,8 +141,8 @@ def test_memories_are_renewed_exactly_where_a_chunk_is_complete(bank, engine_of,
 
 def test_citations_are_the_references_that_were_read(bank, engine_of, scripted):
     reader = small_reader(bank)
-    programs, _ = scripted("ccddeeff", "ggggaaaa", "bcbcefef")
-    found = engine_of(reader, programs=programs).generate(PROMPTS, max_tokens=NEW)
+    scripted("ccddeeff", "ggggaaaa", "bcbcefef")
+    found = engine_of(reader).generate(PROMPTS, max_tokens=NEW)
     places = {
         0: [(0, 0, 0), (0, 1, 1), (2, 0, 3)],
         1: [(0, 2, 0), (1, 0, 1), (3, 0, 2)],
@@ -173,9 +165,9 @@ def test_citations_are_the_references_that_were_read(bank, engine_of, scripted):
 
 def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, scripted):
     reader = small_reader(bank)
-    programs, _ = scripted("ccdd|", "dd\nddddd", "efefefef")
+    scripted("ccdd|", "dd\nddddd", "efefefef")
     pieces = [[], [], []]
-    found = engine_of(reader, programs=programs).generate(
+    found = engine_of(reader).generate(
         PROMPTS,
         max_tokens=NEW,
         stop="\n",
@@ -190,8 +182,8 @@ def test_a_finished_sequence_says_and_reads_nothing_more(bank, engine_of, script
 
 
 def test_generation_ends_when_every_sequence_has_ended(bank, engine_of, scripted):
-    programs, steps = scripted("c|", "|", "é|")
-    found = engine_of(small_reader(bank), programs=programs).generate(PROMPTS, max_tokens=NEW)
+    steps = scripted("c|", "|", "é|")
+    found = engine_of(small_reader(bank)).generate(PROMPTS, max_tokens=NEW)
     assert [one.text for one in found] == ["c", "", "é"]
     assert all(one.finished for one in found)
     # Three tokens, and the step that was under way while the last of them was looked at.
@@ -203,9 +195,9 @@ def test_what_is_streamed_is_the_text(bank, engine_of, scripted):
         (None, ["aé☃a", "no stop", "abcabcab"]),
         ("ca", ["aé☃a", "no stop", "ab"]),
     ):
-        programs, _ = scripted("aé☃aa", "no stop", "abcabcab")
+        scripted("aé☃aa", "no stop", "abcabcab")
         pieces = [[], [], []]
-        found = engine_of(small_reader(bank), programs=programs).generate(
+        found = engine_of(small_reader(bank)).generate(
             PROMPTS,
             max_tokens=NEW,
             stop=stop,

@@ -4,9 +4,10 @@
         --json benchmarks/results/bank_scale.json
 
 For 10,000, 100,000 and 1,000,000 references: bytes, references a second of each step, and the time
-of searching and of loading for chunks of held-out text, one at a time, with RAM of the process that
-does it. Text is real as far as it goes (``--data`` and the documentation of installed packages) and
-generated facts behind it. Every step is resumable and runs in a process of its own.
+of searching for questions that the bank has no answer to, and of loading references from all over
+it, one chunk at a time, with RAM of the process that does it. Files just written may lie in the
+page cache. Text is real as far as it goes (``--data`` and the documentation of installed packages)
+and generated facts behind it. Every step is resumable and runs in a process of its own.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def _index(args, size: int) -> dict:
 
 
 def _read(args, size: int) -> dict:
-    """Search and load for the chunks of text that no reference has, one chunk at a time."""
+    """Search for questions about nobody in the bank, and load what may be anywhere in it."""
     import psutil
 
     from jaxlab.data.facts import draw_facts
@@ -125,7 +126,7 @@ def _read(args, size: int) -> dict:
         begin = time.perf_counter()
         hits = reader.search([query])
         searches.append(time.perf_counter() - begin)
-        # Loading is of rows from all over the bank: the worst case.
+        # Not what was found: questions that are alike find the same, which the cache then has.
         ids = draws.choice(bank.rows, reader.per_chunk, replace=False)
         begin = time.perf_counter()
         reader.fetch(ids)

@@ -7,7 +7,7 @@ to the last token, retrieval included (prompt 128, answer 128: memory is retriev
 "worst" is the paper's worst case: every retrieval is made to bring references that no other brings,
 nothing is kept in RAM, and the files of the bank are dropped from the page cache before each turn.
 Weights are random and the bank's memories as well: neither changes what has to be done. Contestants
-are processes that take turns, in another order every round; ratios are of the same round.
+are processes that take turns, forwards and backwards by rounds; ratios are of the same round.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.decode_inputs import PROMPT, Settings, prepare, random_model
 from benchmarks.turns import Contestant
 from jaxlab.tools.output import machine, script_command, write_json
 
-PROMPT, ANSWER = 128, 128
+ANSWER = 128
 PACKAGES = ("jax", "jaxlib", "flax", "faiss-cpu", "tensorstore", "torch", "transformers")
 OFF, PEER = "no memory", "transformers"
 # Name: bank, whether the worst case, and how references are read.
@@ -39,128 +41,6 @@ MODES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all contestants share; ``folder`` holds weights, tokenizer, texts and banks."""
-
-    preset: str
-    device: str
-    references: int
-    folder: str
-
-    @property
-    def dtype(self) -> str:
-        """The compute dtype."""
-        return "float32" if self.device == "cpu" else "bfloat16"
-
-    def prompts(self, rows: int, number: int) -> np.ndarray:
-        """Tokens of the prompts of one turn (rows, PROMPT)."""
-        every = np.load(Path(self.folder) / "prompts.npy")
-        places = (np.arange(rows) + number * rows) % len(every)
-        return every[places]
-
-
-def _config(settings: Settings, vocab: int):
-    from jaxlab.config import (
-        DataConfig,
-        ExperimentConfig,
-        MemoryConfig,
-        ModelConfig,
-        StageConfig,
-        StagesConfig,
-        TokenizerConfig,
-    )
-    from jaxlab.models.presets import PRESETS
-
-    shape = PRESETS[settings.preset] | {"compute_dtype": settings.dtype}
-    return ExperimentConfig(
-        name=settings.preset,
-        model=ModelConfig(**shape),
-        memory=MemoryConfig(),
-        tokenizer=TokenizerConfig(vocab_size=vocab),
-        data=DataConfig(source="installed-docs", sequence_length=512, facts_fraction=1.0),
-        stages=StagesConfig(
-            continual=StageConfig(steps=1, batch_size=1, learning_rate=1e-3, memory=True)
-        ),
-    )
-
-
-def _model(settings: Settings):
-    """Random weights, with a tokenizer that knows no end of the text."""
-    from jaxlab.data.tokenizer import Tokenizer
-    from jaxlab.models.decoder import abstract_decoder
-    from jaxlab.models.interop import load_llama
-    from jaxlab.training.load import LoadedModel
-
-    folder = Path(settings.folder)
-    tokenizer = dataclasses.replace(Tokenizer.load(folder / "tokenizer.model"), eos_id=-1)
-    config = _config(settings, tokenizer.vocab_size)
-    _, params = load_llama(folder / "weights")
-    return LoadedModel(config, tokenizer, abstract_decoder(config.model)[0], params)
-
-
-def prepare(settings: Settings):
-    """Write weights, prompts and the two banks (in a process of its own: JAX keeps its memory)."""
-    import jax
-
-    from jaxlab.config import ModelConfig
-    from jaxlab.data.references import References
-    from jaxlab.data.sources import load_documents
-    from jaxlab.data.tokenizer import train_tokenizer
-    from jaxlab.models.decoder import initial_parameters
-    from jaxlab.models.interop import save_llama
-    from jaxlab.models.presets import PRESETS
-
-    folder = Path(settings.folder)
-    texts = load_documents("installed-docs", limit_bytes=4_000_000)
-    vocab = min(PRESETS[settings.preset]["vocab_size"], 8192)
-    tokenizer = train_tokenizer(
-        [document.text for document in texts], vocab_size=vocab, path=folder / "tokenizer.model"
-    )
-    config = ModelConfig(**PRESETS[settings.preset])
-    save_llama(config, jax.device_get(initial_parameters(config, 0)), folder / "weights")
-    references = References.build(texts, tokenizer, length=PROMPT)
-    np.save(folder / "prompts.npy", _stable(references, tokenizer))
-    _write_banks(_model(settings), references, settings)
-    return lambda _: None
-
-
-def _stable(references, tokenizer) -> np.ndarray:
-    """Full references whose text gives the same tokens again."""
-    out = []
-    for row in references.tokens[references.lengths == PROMPT][::7]:
-        if tokenizer.encode(tokenizer.decode(row)) == row.tolist():
-            out.append(row)
-    return np.array(out[:512])
-
-
-def _write_banks(model, references, settings: Settings) -> None:
-    from jaxlab.memory.lsa import LsaEmbedder
-    from jaxlab.memory.pipeline import bank_spec
-    from jaxlab.memory.requantize import quantize_bank
-    from jaxlab.memory.store import Bank, StoredReference
-
-    count = min(settings.references, len(references))
-    embedder = LsaEmbedder.fit(references.texts[:count])
-    spec = bank_spec(model, embedder)
-    path = Path(settings.folder)
-    bank = Bank.create(path / "raw", spec=spec, embedder_state=embedder.to_bytes())
-    draws = np.random.default_rng(0)
-    for start in range(0, count, 512):
-        part = slice(start, min(start + 512, count))
-        texts = references.texts[part]
-        memories = draws.standard_normal((len(texts), *spec.memory_shape), np.float32)
-        kept = np.full(len(texts), spec.memory_shape[3], np.int32)
-        told = [StoredReference(text, "docs", PROMPT) for text in texts]
-        bank.append(memories.astype(spec.numpy_dtype), kept, embedder.embed(texts), told)
-    # Few rounds: how good the codec is changes nothing here.
-    quantize_bank(bank, path / "quantized", sample=20_000, seed=0, rounds=(2, 2), report=_quiet)
-
-
-def _quiet(_: str) -> None:
-    pass
-
-
 def _drop_pages(folder: Path) -> None:
     """Let the next read of a bank come from the drive."""
     for path in folder.rglob("*"):
@@ -169,11 +49,18 @@ def _drop_pages(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def _require_drive(folder: str) -> None:
+    """The worst case is read from a drive, which a file system in RAM has not."""
+    kind = subprocess.check_output(["stat", "-f", "-c", "%T", folder], text=True).strip()
+    if kind in ("tmpfs", "ramfs"):
+        raise SystemExit(f"{folder} lies in RAM ({kind}): set BANK_FOLDER to a folder on a drive")
+
+
 class Jaxlab:
     """The engines of all modes, one after the other."""
 
     def __init__(self, settings: Settings):
-        self._settings, self._model, self._engines = settings, _model(settings), {}
+        self._settings, self._model, self._engines = settings, random_model(settings), {}
 
     def __call__(self, order: tuple[str, int, int]) -> dict:
         mode, rows, number = order
@@ -226,13 +113,14 @@ class Jaxlab:
 
 
 def _make_unique(reader) -> None:
-    """Search as ever, but give every hit another reference that was not given lately."""
-    search, following = reader.search, itertools.count()
+    """Search as ever, but give every hit another reference that was not given lately, anywhere."""
+    search = reader.search
+    following = itertools.cycle(np.random.default_rng(0).permutation(reader.bank.rows).tolist())
 
     def unique(texts, k=None):
         hits = search(texts, k)
         for place in np.ndindex(hits.ids.shape):
-            hits.ids[place] = next(following) % len(reader.bank)
+            hits.ids[place] = next(following)
         return hits
 
     reader.search = unique
@@ -244,23 +132,35 @@ class Profile(Jaxlab):
     def __call__(self, order: tuple[str, int, int]) -> dict:
         import jax
 
-        mode, rows, _ = order
-        engine, stages = self._engine(mode, rows), {}
-        programs = dataclasses.replace(engine.programs)
-        for name, stage in (("load", "dequantize"), ("prefill", "prefill"), ("decode", "decode")):
-            program = getattr(engine.programs, name)
+        from jaxlab.inference import batching
 
-            def timed(*given, stage=stage, program=program, **options):
+        mode, rows, number = order
+        super().__call__(order)  # compiles
+        engine, stages = self._engine(mode, rows), {}
+
+        def timed(stage, program):
+            def run(*given, **options):
                 begin = time.perf_counter()
                 out = jax.block_until_ready(program(*given, **options))
                 stages[stage] = stages.get(stage, 0.0) + time.perf_counter() - begin
                 return out
 
-            programs.__dict__[name] = timed
-        super().__call__(order)  # compiles
-        engine._batch._programs = programs
-        stages.clear()
-        found = super().__call__(order)
+            return run
+
+        compiled, say = engine.programs, batching.say
+        quantized = engine.reader is not None and engine.reader.codebook is not None
+        engine._batch._programs = programs = dataclasses.replace(compiled)
+        programs.__dict__.update(
+            load=timed("dequantize" if quantized else "slots", compiled.load),
+            prefill=timed("prefill", compiled.prefill),
+            decode=timed("decode", compiled.decode),
+        )
+        batching.say = timed("choose", say)
+        try:
+            # Other prompts: what those before retrieved may lie in the cache, as in any turn.
+            found = super().__call__((mode, rows, number + 1))
+        finally:
+            batching.say = say
         return {**found["stages"], **stages, "whole": found["seconds"]}
 
 
@@ -368,6 +268,7 @@ def main() -> int:
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with tempfile.TemporaryDirectory(dir=os.environ.get("BANK_FOLDER")) as folder:
+        _require_drive(folder)
         settings = Settings(args.preset, args.device, args.references, folder)
         Contestant("preparation", prepare, settings).close()
         contestants = {"jaxlab": Contestant("jaxlab", Jaxlab, settings)}

@@ -38,7 +38,6 @@ class Tally:
     """What the clients saw; times in seconds."""
 
     answers: int = 0
-    tokens: int = 0
     vanished: int = 0
     errors: list[str] = dataclasses.field(default_factory=list)
     first: list[float] = dataclasses.field(default_factory=list)
@@ -94,7 +93,6 @@ class Client:
                 self._tally.vanished += 1
                 return
         self._tally.answers += 1
-        self._tally.tokens += seen
         if greedy:
             known = self._tally.greedy.setdefault(asked, set())
             self._tally.repeats += bool(known)
@@ -160,7 +158,10 @@ def _free(url: str) -> dict[str, float]:
     return figures
 
 
-def _summary(tally: Tally, rss: list[float], after: dict[str, float], minutes: float) -> dict:
+def _summary(
+    tally: Tally, rss: list[float], before: dict[str, float], after: dict[str, float], args
+) -> dict:
+    minutes, tokens = args.minutes, after["generated_tokens"] - before["generated_tokens"]
     by_minute = [float(np.median(rss[start : start + 60])) for start in range(0, len(rss), 60)]
     by_minute = by_minute[: max(1, int(minutes))]
     hits, misses = after["cache_hits"], after["cache_misses"]
@@ -173,7 +174,7 @@ def _summary(tally: Tally, rss: list[float], after: dict[str, float], minutes: f
         "waiting_after": after["waiting"],
         "repeated_greedy_answers": tally.repeats,
         "greedy_prompts_with_two_answers": sum(len(one) > 1 for one in tally.greedy.values()),
-        "tokens_per_second": tally.tokens / (60 * minutes),
+        "tokens_per_second": tokens / after["seconds"],
         "seconds_to_first_token": {**percentiles(tally.first), "max": max(tally.first)},
         "seconds_between_tokens": {**percentiles(tally.between), "max": max(tally.between)},
         "rss_bytes_by_minute": by_minute,
@@ -197,8 +198,10 @@ def main() -> int:
     process, model, url = _start(args)
     try:
         server = psutil.Process(process.pid)
+        before, begin = _figures(url), time.monotonic()
         tally, rss = asyncio.run(_load(args, url, model, _prompts(bank), server))
-        summary = _summary(tally, rss, _free(url), args.minutes)
+        after = _free(url) | {"seconds": time.monotonic() - begin}
+        summary = _summary(tally, rss, before, after, args)
     finally:
         process.terminate()
         code = process.wait(60)
@@ -217,7 +220,7 @@ def main() -> int:
         print(f"{key:34} {value}")
     if args.json:
         write_json(args.json, report)
-    return 0
+    return 1 if summary["errors"] or summary["greedy_prompts_with_two_answers"] else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From texts to the slots that the model reads: search, filter, load, arrange."""
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
 from kernels_pallas.memory_dequantize import Codebook, memory_dequantize
 
+log = logging.getLogger(__name__)
 # Enough for 500 memories of Memory³-2B, whose 450,560 bytes each are the largest there are.
 CACHE_BYTES = 1 << 28
 Encode = Callable[[Sequence[StoredReference]], np.ndarray]
@@ -95,37 +97,44 @@ class MemoryReader:
         started = time.perf_counter()
         queries = self._retriever.embed(list(texts))
         embedded = time.perf_counter()
-        with self._lock:  # else rows are added meanwhile
-            hits = self._retriever.find(
-                queries, k or self.per_chunk, allowed=self._allowed(sources)
-            )
+        hits = None
+        while hits is None:
+            bank = self.bank
+            allowed = _allowed(bank, sources)  # reads files: nobody shall wait for it
+            with self._lock:
+                if bank is self.bank:  # else rows were added meanwhile
+                    hits = self._retriever.find(queries, k or self.per_chunk, allowed=allowed)
         self.seconds["embed"] += embedded - started
         self.seconds["search"] += time.perf_counter() - embedded
         return hits
-
-    def _allowed(self, sources: Sequence[str] | None) -> Allowed | None:
-        alive = self.bank.alive()
-        if sources is None:
-            return None if alive is None else Allowed(alive)
-        mask = self.bank.rows_of(sources)
-        return Allowed(mask if alive is None else mask & alive, tuple(sources))
 
     def add(self, documents: Sequence[Document]) -> range:
         """Add documents to the bank, to be found from now on; the rows that are new.
 
         Their memories are encoded when they are first read. Raises BankError when the bank cannot
-        be written.
+        be written, or was rewritten (compacted, repaired) since it was opened here.
         """
         if self._append is None:
             raise BankError(f"bank {self.bank.url} was opened for reading only")
         with self._adding:
+            self._grown()
             rows = self._append(documents)
-            bank = Bank.open(self.bank.url, identity=self.bank.spec.identity)
+            bank = self._grown()
             fresh = bank.embeddings_of(np.arange(self.bank.rows, bank.rows))
             with self._lock:
                 self._retriever.index.add(fresh)
                 self.bank = bank
         return rows
+
+    def _grown(self) -> Bank:
+        """The bank as it is now; what is known of its rows here must still hold."""
+        bank = Bank.open(self.bank.url, identity=self.bank.spec.identity)
+        if bank.fingerprint(self.bank.rows) != self.bank.fingerprint():
+            raise BankError(
+                f"bank {bank.url} was rewritten since it was opened here (compacted or repaired),"
+                " and its rows have other numbers: open it again to add to it"
+            )
+        return bank
 
     def search_filtered(
         self,
@@ -206,8 +215,22 @@ class MemoryReader:
                 f"bank {self.bank.url}: the memory of reference {rows[0]} has not been encoded yet;"
                 " read the bank with its model, or encode all with `jaxlab memory write`"
             )
-        self.bank.warm(rows, self._encode(self.bank.references(rows)))
-        return self.bank.read(ids)
+        stored = self.bank.as_stored(self._encode(self.bank.references(rows)))
+        try:
+            self.bank.warm(rows, stored)
+        except BankError as error:  # a full disk, a bank that can only be read
+            log.warning("a memory will be encoded again when it is next read: %s", error)
+        found.memories[found.cold] = stored[np.searchsorted(rows, ids[found.cold])]
+        return found._replace(cold=np.zeros_like(found.cold))
+
+
+def _allowed(bank: Bank, sources: Sequence[str] | None) -> Allowed | None:
+    """The rows that a search may find; None when it may find all."""
+    alive = bank.alive()
+    if sources is None:
+        return None if alive is None else Allowed(alive)
+    mask = bank.rows_of(sources)
+    return Allowed(mask if alive is None else mask & alive, tuple(sources))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

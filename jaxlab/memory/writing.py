@@ -50,7 +50,7 @@ class ShardWriter(BankReader):
             cold = np.ones(count, bool)
             memories = np.broadcast_to(spec.stored_dtype.type(0), (count, *spec.stored_shape))
         arrays = shard_arrays(
-            spec, self._as_stored(np.asarray(memories)), kept, embeddings, count, url=self.url
+            spec, self.as_stored(np.asarray(memories)), kept, embeddings, count, url=self.url
         )
         if cold is None:
             return self._put(encode_shard(arrays, references), number, start, count)
@@ -67,7 +67,7 @@ class ShardWriter(BankReader):
         For readers, too, and for several at once: model and text decide what is stored. Rows that
         lie in no cold shard are left as they are.
         """
-        stored = self._as_stored(np.asarray(memories))
+        stored = self.as_stored(np.asarray(memories))
         wanted = (len(rows), *self.spec.stored_shape)
         if stored.shape != wanted or stored.dtype != self.spec.stored_dtype:
             raise BankError(
@@ -93,7 +93,7 @@ class ShardWriter(BankReader):
         old, new = f"{source.spec.stored_name}/", self.spec.stored_name
         same = {path for path in shard.files if not path.startswith(old)}
         objects = {path: source.object_of(shard, path) for path in same}
-        objects |= encode_array(new, self._as_stored(memories))
+        objects |= encode_array(new, self.as_stored(memories))
         return self._put(objects, self.next_number, shard.start, shard.count)
 
     def forget(self, shard: Shard, paths: Iterable[str]) -> int:
@@ -125,7 +125,9 @@ class ShardWriter(BankReader):
             raise
         return shard
 
-    def _as_stored(self, memories: np.ndarray) -> np.ndarray:
+    def as_stored(
+        self, memories: Shaped[np.ndarray, "n Lm 2 K m H"]
+    ) -> Shaped[np.ndarray, "n Lm 2 K m stored"]:
         """Memories, or the codes of them in a quantized bank, which may be given already."""
         whole = memories.shape[1:] == self.spec.memory_shape
         if self.codec is not None and whole and memories.dtype != np.uint8:

@@ -10,6 +10,7 @@ from jaxlab.memory import pipeline
 from jaxlab.memory.embedders import ModelEmbedder
 from jaxlab.memory.library import open_reader
 from jaxlab.memory.read import MemoryReader
+from jaxlab.memory.requantize import quantize_bank
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
 from jaxlab.training.load import LoadedModel
@@ -160,6 +161,44 @@ def test_a_reader_finds_and_encodes_what_was_added_and_others_when_they_open(tmp
     assert bits(other.slots(ids).keys) == bits(wanted.slots(ids).keys)  # encoded by then
     with pytest.raises(BankError, match="opened for reading only"):
         other.add([Document("doc", "abc")])
+
+
+def test_nothing_is_added_to_a_bank_whose_rows_were_renumbered(tmp_path, monkeypatch):
+    monkeypatch.setattr(LoadedModel, "embed_texts", lambda self, texts: letters(texts))
+    first = small_bank(tmp_path, TEXTS[:5])
+    reader = open_reader(small_model(), first.url, grows=True)
+    other = Bank.open(first.url, write=True)
+    other.delete(rows=[0])
+    other.compact()
+    with pytest.raises(BankError, match="was rewritten since it was opened here"):
+        reader.add([Document("doc", text) for text in TEXTS[5:]])
+    assert len(Bank.open(first.url)) == 4
+    again = open_reader(small_model(), first.url, grows=True)
+    assert again.add([Document("doc", text) for text in TEXTS[5:]]) == range(4, 7)
+
+
+@pytest.mark.parametrize("codec", ["", "OPQ2_8,Residual2x3,PQ2x3"])
+def test_memories_that_cannot_be_stored_are_read_all_the_same(tmp_path, monkeypatch, codec):
+    monkeypatch.setattr(LoadedModel, "embed_texts", lambda self, texts: letters(texts))
+    monkeypatch.setattr(pipeline, "ReferenceEncoder", lambda model: small_encoder())
+    url = small_bank(tmp_path, ["aabbccdd" + text for text in TEXTS * 2]).url
+    if codec:
+        quantize_bank(Bank.open(url), tmp_path / "codes", codec=codec, rounds=(1, 1))
+        url = str(tmp_path / "codes")
+    reader = open_reader(small_model(), url, grows=True)
+    reader.add([Document(f"doc {n}", text) for n, text in enumerate(TEXTS)])
+
+    def full(self, *_, **__):
+        raise BankError("cannot write (No space left on device)")
+
+    ids = np.array([38, 1, 37, -1, 38])
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "_write", full)
+        found = reader.fetch(ids)
+    assert Bank.open(url).read(ids).cold.tolist() == [True, False, True, False, True]
+    wanted = open_reader(small_model(), url).fetch(ids)
+    assert [bits(each) for each in found] == [bits(each) for each in wanted]
+    assert not Bank.open(url).read(ids).cold.any()
 
 
 def test_a_search_among_sources_finds_nothing_of_others(reader):

@@ -4,6 +4,7 @@ A field that would change the answer and cannot be honoured is refused, unless i
 changes nothing; fields that change nothing (``user``, ``metadata`` …) may hold anything.
 """
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -89,7 +90,8 @@ class _Generation(_Body):
                 temperature=float(or_default(self.temperature, 1.0)),
                 top_k=or_default(self.top_k, 0),
                 top_p=float(or_default(self.top_p, 1.0)),
-                seed=or_default(self.seed, 0),
+                # Who asks without a seed wants an answer of its own each time.
+                seed=secrets.randbits(32) if self.seed is None else self.seed,
             ),
             stop=(*stop, *self.stops),
             memory=self.memory,

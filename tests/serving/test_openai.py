@@ -115,6 +115,13 @@ def test_what_is_asked_reaches_the_engine(client, engine):
     assert not complete(client, extra_body={"memory": "off"}).choices[0].citations
 
 
+def test_without_a_seed_each_request_has_one_of_its_own(client, engine):
+    for more in ({}, {}, {"seed": None}, {"seed": 0}):
+        complete(client, **more)
+    *drawn, given = [request.sampling.seed for request in engine.requests[-4:]]
+    assert len(set(drawn)) == 3 and given == 0
+
+
 def test_models_are_listed_and_found(client):
     assert [model.id for model in client.models.list()] == ["echo"]
     assert client.models.retrieve("echo").id == "echo"

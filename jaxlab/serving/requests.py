@@ -24,28 +24,43 @@ class Runner:
 
     def __init__(self, engine: Any, settings: Settings, metrics: Metrics):
         self._engine, self._settings, self._metrics = engine, settings, metrics
+        # Requests that were let in and that the engine does not have yet.
+        self._coming = 0
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were let in and have not ended."""
+        stats = self._engine.stats()
+        return self._coming + stats["waiting"] + stats["running"]
 
     async def start(self, request: Request) -> "Running":
         """Submit a request. Raises ApiError when the engine has enough, or is gone."""
         if not self._engine.alive:
             raise ApiError(503, "the engine has stopped; the server has to be started again")
-        if self._engine.stats()["waiting"] >= self._settings.max_waiting:
+        if self.under_way >= self._engine.rows + self._settings.max_waiting:
             raise ApiError(429, "too many requests are waiting: try again later")
-        prompt_tokens = await run_in_threadpool(self._engine.check, request)
-        running = Running(prompt_tokens, self._settings.request_seconds, self._metrics)
+        running = Running(self._settings.request_seconds, self._metrics)
+        self._coming += 1
         try:
-            running.ticket = await run_in_threadpool(self._engine.submit, request, running.take)
-        except DataError as error:
-            closing = not self._engine.alive
-            raise ApiError(503 if closing else 400, str(error)) from None
+            await run_in_threadpool(self._submit, request, running)
+        finally:
+            self._coming -= 1
         return running
+
+    def _submit(self, request: Request, running: "Running") -> None:
+        running.prompt_tokens = self._engine.check(request)
+        try:
+            running.ticket = self._engine.submit(request, running.take)
+        except DataError as error:  # it fits, so the engine is closing
+            raise ApiError(503, str(error)) from None
 
 
 class Running:
-    """One request that was submitted."""
+    """One request that was submitted; made in the thread of the event loop."""
 
-    def __init__(self, prompt_tokens: int, seconds: float, metrics: Metrics):
-        self.prompt_tokens, self._metrics = prompt_tokens, metrics
+    def __init__(self, seconds: float, metrics: Metrics):
+        self._metrics = metrics
+        self.prompt_tokens = 0
         self.ticket: Any = None
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

@@ -71,7 +71,7 @@ class FakeEngine:
 
     def __init__(self, *, context=1000):
         self.model = types.SimpleNamespace(config=types.SimpleNamespace(name="echo"))
-        self.reader, self.context = FakeReader(), context
+        self.reader, self.context, self.rows = FakeReader(), context, 2
         self.alive, self.failure, self.broken = True, None, None
         self.gate = threading.Event()
         self.gate.set()
@@ -97,8 +97,8 @@ class FakeEngine:
 
     def stats(self):
         return {
-            "waiting": max(0, self.running - 2),
-            "running": min(2, self.running),
+            "waiting": max(0, self.running - self.rows),
+            "running": min(self.rows, self.running),
             "generated_tokens": 7,
             "cache_bytes": 12,
         }

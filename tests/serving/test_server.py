@@ -6,14 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxlab.errors import ConfigError
+from jaxlab.errors import ConfigError, DataError
 from jaxlab.serving.run import listen
 from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
 
@@ -143,6 +145,37 @@ def test_too_many_who_wait_are_turned_away(server, engine):
             stream.__exit__(None, None, None)
     until(lambda: engine.running == 0)
     assert http.post("/v1/completions", json=BODY).status_code == 200
+
+
+def test_no_more_are_let_in_when_many_come_at_once(server, engine):
+    http, _ = server
+    engine.gate.clear()
+    all_came, check = threading.Event(), engine.check
+
+    def slow_check(request):
+        all_came.wait(SECONDS)
+        return check(request)
+
+    engine.check = slow_check
+    with ThreadPoolExecutor(20) as clients:
+        asked = [clients.submit(http.post, "/v1/completions", json=BODY) for _ in range(20)]
+        until(lambda: sum(one.done() for one in asked) == 17)
+        all_came.set()
+        engine.gate.set()
+        found = sorted(one.result().status_code for one in asked)
+    assert found == [200] * 3 + [429] * 17  # two rows, and one that waits
+    assert len(engine.tickets) == 3
+
+
+def test_a_request_that_comes_while_the_engine_closes_is_told_so(server, engine):
+    http, _ = server
+
+    def closing(*_):
+        raise DataError("the engine takes no more requests: it is being closed")
+
+    engine.submit = closing
+    response = http.post("/v1/completions", json=BODY)
+    assert response.status_code == 503 and "no more requests" in said(response)["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

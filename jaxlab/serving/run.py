@@ -17,6 +17,8 @@ _LOOK_EVERY = 0.05
 class _Uvicorn(uvicorn.Server):
     """Ends when what is under way has been answered, or when there is no more time for it.
 
+    What is cut off is told so: the engine ends before the connections do.
+
     The first signal closes the door: requests that come are told so (503), and so is whoever asks
     after the health of the server. The second ends it at once.
     """
@@ -33,16 +35,16 @@ class _Uvicorn(uvicorn.Server):
             deadline = time.monotonic() + server.settings.drain_seconds
             while time.monotonic() < deadline and not self.force_exit and self._busy(server):
                 await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.to_thread(server.engine.close)
             self.should_exit = True
         return await super().on_tick(counter)
 
     def _busy(self, server: Any) -> bool:
-        stats = server.engine.stats()
-        return bool(server.engine.alive and stats["waiting"] + stats["running"])
+        return bool(server.engine.alive and server.runner.under_way)
 
 
 def run_app(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; returns when all is answered."""
+    """Serve until SIGTERM or Ctrl-C; closes the engine, and returns when all is answered."""
     config = uvicorn.Config(
         app,
         log_level="warning",

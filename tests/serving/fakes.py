@@ -103,6 +103,13 @@ class FakeEngine:
             "cache_bytes": 12,
         }
 
+    def close(self, *, drain_seconds=0.0):
+        for ticket in self.tickets:
+            ticket.cancel()
+        with self.submitted:
+            assert self.submitted.wait_for(lambda: not self.running, SECONDS)
+        self.alive = False
+
     def wait_for(self, count):
         with self.submitted:
             assert self.submitted.wait_for(lambda: len(self.tickets) >= count, SECONDS)
@@ -134,10 +141,11 @@ class FakeEngine:
                 break
         else:
             said = -1
-        with self.submitted:
-            self.running -= 1
         if finish in ("cancelled", "error"):
             on_event(Event(finish=finish, error=self.broken))
+        with self.submitted:
+            self.running -= 1
+            self.submitted.notify_all()
 
     def _cite(self, chunk):
         for row, one in enumerate(self.reader.stored[:3]):

@@ -65,8 +65,8 @@ class Running:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._begin = self._last = time.perf_counter()
-        self._deadline = self._loop.time() + seconds
-        self._seconds = seconds
+        self._seconds, self._deadline = seconds, self._loop.time() + seconds
+        self._late = self._loop.create_future()
 
     def take(self, event: Event) -> None:
         """Called by the engine's thread."""
@@ -80,35 +80,41 @@ class Running:
         With ``http`` ClientGone is raised when its client goes. Raises ApiError when it takes
         longer than allowed, and when the engine could not do it.
         """
-        gone = None if http is None else asyncio.ensure_future(http.receive())
+        gone = [] if http is None else [asyncio.ensure_future(http.receive())]
+        # Frees the row in time, even while a client that reads slowly is waited for.
+        timer = self._loop.call_at(self._deadline, self._end_late)
         try:
-            async with asyncio.timeout_at(self._deadline):
-                while True:
-                    event = await self._next(gone)
-                    self._note(event)
-                    if event.finish == "error":
-                        raise ApiError(500, event.error or "the engine failed")
-                    if event.finish == "cancelled":
-                        raise ApiError(503, "the request was cancelled: the server is going down")
-                    yield event
-                    if event.finish:
-                        return
-        except TimeoutError:
-            raise ApiError(504, f"no whole answer within {self._seconds:g} seconds") from None
+            finish = None
+            while not finish:
+                event = await self._next(gone)
+                self._note(event)
+                finish = event.finish
+                if finish == "error":
+                    raise ApiError(500, event.error or "the engine failed")
+                if finish == "cancelled":
+                    raise ApiError(503, "the request was cancelled: the server is going down")
+                yield event
         finally:
+            timer.cancel()
             self.ticket.cancel()
-            if gone is not None:
-                gone.cancel()
+            for one in gone:
+                one.cancel()
 
-    async def _next(self, gone: asyncio.Future | None) -> Event:
+    def _end_late(self) -> None:
+        self._late.set_result(None)
+        self.ticket.cancel()
+
+    async def _next(self, gone: list[asyncio.Future]) -> Event:
         coming = asyncio.ensure_future(self._queue.get())
-        await asyncio.wait(
-            [coming] if gone is None else [coming, gone], return_when=asyncio.FIRST_COMPLETED
-        )
-        if not coming.done():
+        try:
+            await asyncio.wait([coming, self._late, *gone], return_when=asyncio.FIRST_COMPLETED)
+            if self._late.done():
+                raise ApiError(504, f"no whole answer within {self._seconds:g} seconds")
+            if not coming.done():
+                raise ClientGone
+            return coming.result()
+        finally:
             coming.cancel()
-            raise ClientGone
-        return coming.result()
 
     def _note(self, event: Event) -> None:
         if not event.said:

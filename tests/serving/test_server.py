@@ -45,6 +45,15 @@ def said(response) -> dict:
     return error
 
 
+def http_request(body) -> bytes:
+    """A request for a completion, as bytes."""
+    content = json.dumps(body).encode()
+    return (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+    )
+
+
 def until(condition) -> None:
     end = time.monotonic() + SECONDS
     while not condition():
@@ -184,9 +193,7 @@ def test_a_client_that_goes_frees_its_row(server, engine, stream):
     http, _ = server
     engine.gate.clear()
     with socket.create_connection((http.base_url.host, http.base_url.port)) as client:
-        body = json.dumps(BODY | {"stream": stream}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        client.sendall(http_request(BODY | {"stream": stream}))
         ticket = engine.wait_for(1)
         assert not ticket.cancelled.is_set()
     assert ticket.cancelled.wait(SECONDS)
@@ -203,6 +210,22 @@ def test_what_takes_too_long_ends_and_frees_its_row(engine):
     *_, error, done, rest = response.text.split("\n\n")
     assert "0.2 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert (done, rest) == ("data: [DONE]", "")
+
+
+def test_a_stream_that_is_read_slowly_ends_in_time_and_as_any_other(engine):
+    with served(engine, request_seconds=0.5) as (url, _):
+        address = httpx.URL(url)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((address.host, address.port))
+            # More than the buffers on the way hold.
+            body = BODY | {"prompt": "w" * 100_000, "max_tokens": 200, "stream": True}
+            client.sendall(http_request(body))
+            assert engine.wait_for(1).cancelled.wait(SECONDS)
+            client.settimeout(SECONDS)
+            said = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert b"no whole answer within 0.5 seconds" in said
+    assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 def test_an_engine_that_cannot_says_why(server, engine):

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from jaxlab.errors import JaxlabError
+from jaxlab.errors import ConfigError, DataError, JaxlabError
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,11 @@ def handle_errors(app: FastAPI) -> None:
         return error.response()
 
     @app.exception_handler(JaxlabError)
-    async def of_input(_: Request, error: JaxlabError) -> JSONResponse:
-        return ApiError(400, str(error)).response()
+    async def of_jaxlab(_: Request, error: JaxlabError) -> JSONResponse:
+        if isinstance(error, DataError | ConfigError):
+            return ApiError(400, str(error)).response()
+        log.error("a request failed: %s", error)
+        return ApiError(500, str(error)).response()
 
     @app.exception_handler(RequestValidationError)
     async def of_body(_: Request, error: RequestValidationError) -> JSONResponse:

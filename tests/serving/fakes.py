@@ -28,12 +28,15 @@ class Stored:
 
 
 class FakeReader:
-    """Finds references in their order; what is added comes behind them."""
+    """Finds references in their order; what is added comes behind them.
+
+    ``broken`` is what is wrong with the bank.
+    """
 
     def __init__(self):
         self.stored = [Stored(text, f"source {n}") for n, text in enumerate(TEXTS)]
         self.bank = self
-        self.full = False
+        self.broken = None
 
     def __len__(self):
         return len(self.stored)
@@ -42,17 +45,21 @@ class FakeReader:
         return [self.stored[row] for row in rows]
 
     def search(self, texts, k=None, *, sources=None):
+        self._work()
         rows = [n for n, one in enumerate(self.stored) if not sources or one.source in sources]
         rows = (rows[:k] + [-1] * k)[:k]
         scores = [1.0 / (1 + n) if row >= 0 else -np.inf for n, row in enumerate(rows)]
         return Hits(np.array([rows] * len(texts)), np.array([scores] * len(texts), np.float32))
 
     def add(self, documents):
-        if self.full:
-            raise BankError("bank b: cannot write x (the disk is full); make room")
+        self._work()
         before = len(self.stored)
         self.stored += [Stored(one.text, one.id) for one in documents]
         return range(before, len(self.stored))
+
+    def _work(self):
+        if self.broken:
+            raise BankError(self.broken)
 
 
 class FakeTicket:

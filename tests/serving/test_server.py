@@ -82,9 +82,21 @@ def test_only_the_key_adds_to_the_bank_and_what_is_added_is_found(server, engine
     assert done == {"added": [3], "references": 4}
     found = http.post("/memory/search", json={"query": "snow"}).json()["references"]
     assert found[3]["source"] == "../../etc"
-    engine.reader.full = True
-    response = http.post("/memory/add", json=body, headers=allowed)
-    assert response.status_code == 400 and "the disk is full" in said(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/memory/search", {"query": "fox"}),
+        ("/memory/add", {"references": [{"text": "Snow falls.", "source": "s"}]}),
+    ],
+)
+def test_a_bank_that_cannot_is_the_fault_of_the_server(server, engine, caplog, path, body):
+    http, _ = server
+    engine.reader.broken = "bank b: cannot write x (the disk is full); make room"
+    response = http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert response.status_code == 500 and said(response)["type"] == "server_error"
+    assert "the disk is full" in said(response)["message"] and "the disk is full" in caplog.text
 
 
 def test_without_a_key_nobody_adds(engine):

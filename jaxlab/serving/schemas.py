@@ -1,11 +1,13 @@
 """Bodies of requests, checked: the OpenAI fields that mean something here, and this server's own.
 
 A field that would change the answer and cannot be honoured is refused, unless it has the value that
-changes nothing; fields that change nothing (``user``, ``metadata`` …) may hold anything.
+changes nothing, and so is one that nobody knows; the OpenAI fields that change nothing (``user``,
+``metadata`` …) may hold anything.
 """
 
+import reprlib
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -13,23 +15,6 @@ from jaxlab.inference.requests import MOST_ALTERNATIVES, Request
 from jaxlab.inference.sampling import Sampling
 
 _MOST_TOKENS = 1 << 20
-# Fields that are refused, and the values with which they change nothing.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-}
 
 
 def _is_unicode(text: str) -> str:
@@ -44,35 +29,90 @@ Text = Annotated[str, AfterValidator(_is_unicode)]
 StopText = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
 
 
+def _describe(schema: dict[str, Any], body: type["_Body"]) -> None:
+    neutral = {name: {"enum": [None, *values]} for name, values in body.neutral.items()}
+    schema["properties"] |= neutral | {name: {} for name in sorted(body.ignored)}
+    schema["additionalProperties"] = False
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, json_schema_extra=_describe)
+    # Fields that change nothing.
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    # Fields that are refused, and the values besides null with which they change nothing.
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="after")
+    def _honoured(self):
+        for name, value in (self.model_extra or {}).items():
+            if name in self.ignored:
+                continue
+            if name not in self.neutral:
+                raise ValueError(f"{reprlib.repr(name)} is not a field that this server knows")
+            if value is not None and value not in self.neutral[name]:
+                raise ValueError(f"{name} is not supported by this server")
+        return self
 
 
 class StreamOptions(_Body):
     """How a stream is sent."""
 
+    ignored = frozenset({"include_obfuscation"})
     include_usage: bool = False
 
 
 class _Generation(_Body):
+    ignored = frozenset(
+        {
+            "metadata",
+            "parallel_tool_calls",
+            "prediction",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+        }
+    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "n": (1,),
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+        "logit_bias": ({},),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "moderation": (),
+        "web_search_options": (),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+        # Of other servers.
+        "repetition_penalty": (1,),
+        "min_p": (0,),
+        "min_tokens": (0,),
+        "ignore_eos": (False,),
+        "stop_token_ids": ([],),
+    }
     model: Text
     max_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=_MOST_TOKENS)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    # All of 64 bits. The description of the API writes bounds as floats, rounded if not round.
+    seed: int | None = Field(None, ge=-(10**19), le=10**19)
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     memory: Literal["on", "off", "shuffled", "text"] = "on"
-
-    @model_validator(mode="after")
-    def _honoured(self):
-        for name, value in (self.model_extra or {}).items():
-            neutral = _REFUSED.get(name)
-            if neutral is not None and value is not None and value not in neutral:
-                raise ValueError(f"{name} is not supported by this server")
-        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -114,6 +154,7 @@ class CompletionBody(_Generation):
 class Part(_Body):
     """A part of a message; others than text are not understood."""
 
+    ignored = frozenset({"prompt_cache_breakpoint"})
     type: Literal["text"]
     text: Text
 
@@ -121,6 +162,12 @@ class Part(_Body):
 class Message(_Body):
     """What somebody said."""
 
+    ignored = frozenset({"name", "refusal", "annotations"})
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": ([],),
+        "function_call": (),
+        "audio": (),
+    }
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
 

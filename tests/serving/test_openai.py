@@ -148,6 +148,15 @@ def test_models_are_listed_and_found(client):
         (dict(prompt=["a", "b"]), "prompt: List should have at most 1 item"),
         (dict(prompt=[[1, 2]]), "prompt: Input should be a valid string"),
         (dict(extra_body={"memory": "loud"}), "memory: Input should be 'on', 'off'"),
+        (dict(extra_body={"repetition_penalty": 1.3}), "repetition_penalty is not supported"),
+        (dict(extra_body={"min_p": 0.1}), "min_p is not supported"),
+        (dict(extra_body={"min_tokens": 9}), "min_tokens is not supported"),
+        (dict(extra_body={"ignore_eos": True}), "ignore_eos is not supported"),
+        (dict(extra_body={"stop_token_ids": [5]}), "stop_token_ids is not supported"),
+        (dict(extra_body={"guided_regex": "a"}), "'guided_regex' is not a field"),
+        (dict(extra_body={"memroy": "off"}), "'memroy' is not a field that this server knows"),
+        (dict(extra_body={"\n" * 99: 1}), "is not a field"),
+        (dict(stream_options={"usage": True}), "stream_options: 'usage' is not a field"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_reason(client, options, message):
@@ -156,8 +165,21 @@ def test_what_cannot_be_done_is_refused_with_a_reason(client, options, message):
 
 
 def test_values_that_change_nothing_are_taken(client):
-    found = complete(client, n=1, echo=False, presence_penalty=0, logit_bias={}, best_of=1)
+    of_others = {"repetition_penalty": 1.0, "min_p": 0, "stop_token_ids": [], "audio": None}
+    found = complete(client, n=1, echo=False, presence_penalty=0, logit_bias={}, best_of=1,
+                     user="me", extra_body=of_others)  # fmt: skip
     assert found.choices[0].text
+
+
+def test_what_a_conversation_has_beside_its_text_is_taken(client):
+    said = chat(client).choices[0].message
+    found = chat(client, messages=[{"role": "user", "content": "hi", "name": "Ann"}, said,
+                                   said.model_dump() | {"tool_calls": []}],
+                 metadata={"a": "b"}, store=True, service_tier="flex", safety_identifier="x",
+                 prompt_cache_key="y", parallel_tool_calls=False, verbosity="medium",
+                 reasoning_effort="none", stream_options={"include_obfuscation": False},
+                 prediction={"type": "content", "content": "z"})  # fmt: skip
+    assert found.choices[0].message.content
 
 
 @pytest.mark.parametrize(
@@ -168,6 +190,9 @@ def test_values_that_change_nothing_are_taken(client):
         dict(messages=[]),
         dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         dict(messages=[{"role": "robot", "content": "x"}]),
+        dict(messages=[{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]),
+        dict(reasoning_effort="high"),
+        dict(web_search_options={}),
     ],
 )
 def test_what_a_conversation_cannot_have_is_refused(client, options):

@@ -71,6 +71,16 @@ def test_the_bank_is_searched(server):
     assert [one["reference"] for one in found] == [2]
 
 
+def test_a_misspelt_field_is_not_a_wider_search_or_a_half_told_reference(server):
+    http, _ = server
+    response = http.post("/memory/search", json={"query": "fox", "source": "source 2"})
+    assert response.status_code == 400 and "'source' is not a field" in said(response)["message"]
+    body = {"references": [{"text": "a", "source": "b", "title": "c"}]}
+    response = http.post("/memory/add", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    assert response.status_code == 400
+    assert "references.0: 'title' is not a field" in said(response)["message"]
+
+
 def test_only_the_key_adds_to_the_bank_and_what_is_added_is_found(server, engine):
     http, _ = server
     body = {"references": [{"text": "Snow falls.", "source": "../../etc"}]}
@@ -118,6 +128,7 @@ def test_without_a_key_nobody_adds(engine):
         (b'{"model":"echo","prompt":"a","top_p":Infinity}', "application/json", 400, "top_p"),
         (b'{"model":"echo","prompt":"\\ud800"}', "application/json", 400, "half of a surrogate"),
         (b'{"model":"\\ud800","prompt":"a"}', "application/json", 400, "half of a surrogate"),
+        (b'{"model":"echo","prompt":"a","\\ud800":1}', "application/json", 400, ""),
         (b'{"model":"echo","prompt":"a","seed":1e99}', "application/json", 400, "seed"),
         (b'{"model":"echo","prompt":["a","b"]}', "application/json", 400, "prompt: List should"),
         (b'{"model":"echo","prompt":5}', "application/json", 400, "prompt: Input should"),

@@ -4,13 +4,18 @@ import dataclasses
 import hmac
 import os
 
+from jaxlab.errors import ConfigError
+
 # The environment variable that holds the key: a secret has no place on a command line.
 KEY_VARIABLE = "JAXLAB_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Limits of a server; ``api_key`` None: nobody may add to the bank."""
+    """Limits of a server; ``api_key`` None: nobody may add to the bank.
+
+    Raises ConfigError for a key that no client could send.
+    """
 
     body_bytes: int = 1 << 20
     max_waiting: int = 64
@@ -18,6 +23,14 @@ class Settings:
     drain_seconds: float = 30.0
     require_key: bool = False
     api_key: str | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        key = self.api_key or ""
+        if not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ConfigError(
+                f"{KEY_VARIABLE} cannot be sent in a header: give a key of ASCII letters, digits "
+                "and signs, without spaces or line breaks around it"
+            )
 
     @classmethod
     def from_environment(cls, **limits) -> "Settings":

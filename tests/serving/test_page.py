@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.serving.browser import installed_browser
-from tests.serving.fakes import SECONDS, TEXTS, FakeEngine, served
+from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
 
 # No sandbox: the tests may run as root. The rest keeps the browser from calling home.
 FLAGS = [
@@ -37,10 +37,13 @@ def engine():
 
 
 @pytest.fixture
-def page(browser, engine):
-    """The page, loaded; at the end nothing went wrong in it and nothing came from elsewhere."""
+def page(browser, engine, request):
+    """The page, loaded; at the end nothing went wrong in it and nothing came from elsewhere.
+
+    Its parameter has the limits of the server.
+    """
     complaints, elsewhere = [], []
-    with served(engine) as (url, _):
+    with served(engine, **getattr(request, "param", {})) as (url, _):
         page = browser.new_page()
         page.set_default_timeout(1000 * SECONDS)
         expect.set_options(timeout=1000 * SECONDS)
@@ -55,7 +58,8 @@ def page(browser, engine):
         page.close()
     assert elsewhere == []
     # A refused request is told by the browser as well as by the page.
-    assert [line for line in complaints if "400 (Bad Request)" not in line] == []
+    refused = ("400 (Bad Request)", "401 (Unauthorized)")
+    assert [line for line in complaints if not any(one in line for one in refused)] == []
 
 
 def ask(page: Page, prompt: str, **fields: str) -> None:
@@ -126,6 +130,19 @@ def test_what_the_server_refuses_is_said_in_its_words(page, engine):
     expect(page.get_by_role("alert")).to_have_text("the prompt has 2 tokens: shorten it")
     expect(page.get_by_role("button", name="Continue")).to_be_enabled()
     assert engine.requests == []
+
+
+@pytest.mark.parametrize("page", [{"api_key": KEY, "require_key": True}], indirect=True)
+def test_the_key_is_sent_where_one_is_asked_for_and_nowhere_kept(page):
+    ask(page, "one two", max_tokens="2")
+    expect(page.get_by_role("alert")).to_contain_text("the key is missing")
+    ask(page, "one two", key=KEY)
+    expect(page.locator("#text")).to_have_text(" one two")
+    page.reload()
+    expect(page.get_by_label("Key")).to_have_value("")
+    assert (
+        page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    )
 
 
 def test_an_answer_that_breaks_off_says_why(page, engine):

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jaxlab.errors import ConfigError, DataError
 from jaxlab.serving.run import listen
+from jaxlab.serving.settings import KEY_VARIABLE, Settings
 from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
 
 BODY = {"model": "echo", "prompt": "one two", "max_tokens": 3}
@@ -107,6 +108,13 @@ def test_a_bank_that_cannot_is_the_fault_of_the_server(server, engine, caplog, p
     response = http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}"})
     assert response.status_code == 500 and said(response)["type"] == "server_error"
     assert "the disk is full" in said(response)["message"] and "the disk is full" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\n", " a"])
+def test_a_key_that_no_header_carries_is_one_clear_error(monkeypatch, key):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(ConfigError, match="JAXLAB_API_KEY cannot be sent"):
+        Settings.from_environment()
 
 
 def test_without_a_key_nobody_adds(engine):

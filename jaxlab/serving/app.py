@@ -15,7 +15,7 @@ from jaxlab import __version__
 from jaxlab.data.sources import Document
 from jaxlab.serving.answers import CHAT, COMPLETION, Answer, Form, error_piece
 from jaxlab.serving.errors import RESPONSES, ApiError, handle_errors
-from jaxlab.serving.limits import CountRequests, LimitBody
+from jaxlab.serving.limits import CheckHost, CountRequests, LimitBody
 from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.requests import ClientGone, Runner, Running
 from jaxlab.serving.schemas import AddBody, ChatBody, CompletionBody, SearchBody
@@ -87,6 +87,7 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
     app.state.server = server = Server(engine, settings)
     handle_errors(app)
     app.add_middleware(LimitBody, limit=settings.body_bytes)
+    app.add_middleware(CheckHost, hosts=settings.hosts)
     app.add_middleware(
         CountRequests, counter=server.metrics.requests, routes=lambda: app.router.routes
     )

@@ -40,7 +40,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         from jaxlab.serving.app import create_app
         from jaxlab.serving.run import listen, run_app
-        from jaxlab.serving.settings import KEY_VARIABLE, Settings
+        from jaxlab.serving.settings import KEY_VARIABLE, Settings, hosts_of
     except ImportError as error:
         raise ConfigError(
             f"serving needs the package {error.name}: pip install 'jaxlab[serve]'"
@@ -53,6 +53,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         request_seconds=arguments.request_seconds,
         drain_seconds=arguments.drain_seconds,
         require_key=arguments.require_key,
+        hosts=hosts_of(arguments.host),
     )
     if settings.require_key and settings.api_key is None:
         raise ConfigError(f"--require-key: set the key in the environment variable {KEY_VARIABLE}")

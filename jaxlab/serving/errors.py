@@ -111,6 +111,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         404: "No such model.",
         413: "The body is too long.",
         415: "The body is no JSON.",
+        421: "The server has another name.",
         429: "Too many requests are waiting.",
         500: "The server failed.",
         503: "The server is going down.",

@@ -1,5 +1,6 @@
-"""What stands before the application: no body longer than allowed, no request without its count."""
+"""What stands before the application: its name, the length of a body, the count of requests."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,26 @@ from prometheus_client import Counter
 from starlette.routing import Match
 
 from jaxlab.serving.errors import ApiError
+
+
+class CheckHost:
+    """Refuses who asks for another host than these; None: nobody."""
+
+    def __init__(self, app: Callable, *, hosts: frozenset[str] | None):
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        """An ASGI call."""
+        if scope["type"] == "http" and self._hosts is not None:
+            asked = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            if re.sub(r":\d*$", "", asked) not in self._hosts:
+                error = ApiError(
+                    421,
+                    "this server answers as localhost alone: let a proxy set the Host, or listen "
+                    "at an address with --host",
+                )
+                return await error.response()(scope, receive, send)
+        return await self._app(scope, receive, send)
 
 
 class LimitBody:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hmac
+import ipaddress
 import os
 
 from jaxlab.errors import ConfigError
@@ -14,6 +15,8 @@ KEY_VARIABLE = "JAXLAB_API_KEY"
 class Settings:
     """Limits of a server; ``api_key`` None: nobody may add to the bank.
 
+    ``hosts`` are the names under which it may be asked, without a port; None: any.
+
     Raises ConfigError for a key that no client could send.
     """
 
@@ -22,6 +25,7 @@ class Settings:
     request_seconds: float = 300.0
     drain_seconds: float = 30.0
     require_key: bool = False
+    hosts: frozenset[str] | None = None
     api_key: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,3 +46,19 @@ class Settings:
         return self.api_key is not None and hmac.compare_digest(
             given.encode("utf-8", "replace"), self.api_key.encode()
         )
+
+
+def hosts_of(address: str) -> frozenset[str] | None:
+    """The names of a server that listens at ``address``: those of this machine alone, or any.
+
+    A page from elsewhere can give its own name this machine's address, and would then be let by the
+    browser to ask the server there and read the answers.
+    """
+    try:
+        local = ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        local = address == "localhost"
+    if not local:
+        return None
+    own = f"[{address}]" if ":" in address else address
+    return frozenset({"localhost", "127.0.0.1", "[::1]", own})

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import time
 import types
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxlab.serving.run import listen
 from jaxlab.serving.settings import Settings
 
 SECONDS = 30.0
+BODY = {"model": "echo", "prompt": "one two", "max_tokens": 3}
 KEY = "a key of the tests"
 TEXTS = ["The fox is red.", "The house stands in Oslo.", "<img src=x onerror=alert(1)>"]
 
@@ -173,3 +175,18 @@ def served(engine, **limits):
         server.should_exit = True
         thread.join(SECONDS)
         listener.close()
+
+
+def said(response) -> dict:
+    """The error of an answer."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert "Traceback" not in response.text
+    return error
+
+
+def until(condition) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -1,27 +1,17 @@
 """Laws of the server itself: the bank, limits, clients that go, going down, figures."""
 
-import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxlab.errors import ConfigError, DataError
-from jaxlab.serving.run import listen
-from jaxlab.serving.settings import KEY_VARIABLE, Settings
-from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
-
-BODY = {"model": "echo", "prompt": "one two", "max_tokens": 3}
+from jaxlab.serving.settings import KEY_VARIABLE, Settings, hosts_of
+from tests.serving.fakes import BODY, KEY, SECONDS, TEXTS, FakeEngine, said, served, until
 
 
 @pytest.fixture
@@ -38,14 +28,6 @@ def server(engine):
         yield http, app.state.server
 
 
-def said(response) -> dict:
-    """The error of an answer."""
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    assert "Traceback" not in response.text
-    return error
-
-
 def http_request(body) -> bytes:
     """A request for a completion, as bytes."""
     content = json.dumps(body).encode()
@@ -53,13 +35,6 @@ def http_request(body) -> bytes:
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
     )
-
-
-def until(condition) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_the_bank_is_searched(server):
@@ -115,6 +90,58 @@ def test_a_key_that_no_header_carries_is_one_clear_error(monkeypatch, key):
     monkeypatch.setenv(KEY_VARIABLE, key)
     with pytest.raises(ConfigError, match="JAXLAB_API_KEY cannot be sent"):
         Settings.from_environment()
+
+
+def test_where_a_key_is_required_all_is_closed_but_what_tells_nothing(engine):
+    with (
+        served(engine, api_key=KEY, require_key=True) as (url, app),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+        bodies = {
+            "/v1/completions": BODY,
+            "/v1/chat/completions": {
+                "model": "echo",
+                "messages": [{"role": "user", "content": ""}],
+            },
+            "/memory/search": {"query": "fox"},
+            "/memory/add": {"references": [{"text": "a", "source": "b"}]},
+        }
+        paths = {*app.openapi()["paths"], "/openapi.json"}
+        found = {
+            path: http.post(path, json=bodies[path]) if path in bodies else http.get(path)
+            for path in paths
+        }
+    still_open = {path for path, response in found.items() if response.status_code == 200}
+    assert still_open == {"/", "/health", "/metrics", "/openapi.json"}
+    assert {found[path].status_code for path in paths - still_open} == {401}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8000", 200),
+        ("127.0.0.2", 200),
+        ("127.0.0.3", 421),
+        ("pages.example", 421),
+        ("localhost.pages.example:8000", 421),
+        ("pages.example:localhost", 421),
+        ("[::2]", 421),
+        ("", 421),
+    ],
+)
+def test_a_page_from_elsewhere_cannot_ask_a_server_of_this_machine(engine, host, status):
+    with served(engine, hosts=hosts_of("127.0.0.2")) as (url, _):
+        response = httpx.post(f"{url}/memory/search", json={"query": "a"}, headers={"Host": host})
+    assert response.status_code == status
+    assert status == 200 or "Host" in said(response)["message"]
+
+
+def test_a_server_at_an_address_of_the_net_has_any_name():
+    assert [hosts_of(one) for one in ("0.0.0.0", "::", "10.0.0.7", "box")] == [None] * 4
+    assert "[::1]" in hosts_of("::1") and "127.0.0.1" in hosts_of("localhost")
 
 
 def test_without_a_key_nobody_adds(engine):
@@ -298,73 +325,3 @@ def test_figures_are_those_of_the_requests_and_of_the_engine(server):
     assert found["jaxlab_time_between_tokens_seconds_count", ()] == 2
     assert found["jaxlab_engine_generated_tokens_total", ()] == 7
     assert found["jaxlab_engine_cache_bytes", ()] == 12
-
-
-def test_a_port_that_is_taken_is_one_clear_error():
-    with listen("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port} .*--port"):
-            listen("127.0.0.1", port)
-
-
-SERVE = """
-import sys
-from jaxlab.serving.app import create_app
-from jaxlab.serving.run import listen, run_app
-from jaxlab.serving.settings import Settings
-from tests.serving.fakes import FakeEngine
-engine = FakeEngine()
-if sys.argv[2:] == ["endless"]:
-    engine.gate.clear()
-listener = listen("127.0.0.1", 0)
-print(listener.getsockname()[1], flush=True)
-run_app(create_app(engine, Settings(drain_seconds=float(sys.argv[1]))), listener)
-print("ended", flush=True)
-"""
-
-
-@contextlib.contextmanager
-def served_by_a_child(*arguments):
-    """The process, and a client of it; at the end it has ended by itself and said nothing else."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", SERVE, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[2], env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    try:
-        url = f"http://127.0.0.1:{int(child.stdout.readline())}"
-        with httpx.Client(base_url=url, timeout=SECONDS) as http:
-            yield child, http
-        said = child.communicate(timeout=SECONDS)
-        assert (said, child.returncode) == (("ended\n", ""), 0)
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def test_a_signal_lets_what_runs_end_and_the_process_with_0():
-    body = BODY | {"stream": True, "max_tokens": 400}
-    with (
-        served_by_a_child("30") as (child, http),
-        http.stream("POST", "/v1/completions", json=body) as stream,
-    ):
-        lines = stream.iter_lines()
-        next(lines)
-        child.send_signal(signal.SIGTERM)
-        rest = list(lines)
-    assert rest[-2] == "data: [DONE]" and '"length"' in rest[-4]
-
-
-def test_who_is_cut_off_by_the_end_is_told_so():
-    with served_by_a_child("0.2", "endless") as (child, http), ThreadPoolExecutor(2) as clients:
-        asked = [
-            clients.submit(http.post, "/v1/completions", json=BODY | {"stream": stream})
-            for stream in (False, True)
-        ]
-        until(lambda: "jaxlab_engine_running 2.0" in http.get("/metrics").text)
-        child.send_signal(signal.SIGTERM)
-        whole, stream = (one.result() for one in asked)
-    assert whole.status_code == 503 and "going down" in said(whole)["message"]
-    *_, error, done, rest = stream.text.split("\n\n")
-    assert "going down" in json.loads(error.removeprefix("data: "))["error"]["message"]
-    assert (done, rest) == ("data: [DONE]", "")

@@ -289,12 +289,12 @@ class Batch:
         count, row = sequence.request.logprobs, sequence.row
         if count is None:
             return None
-        token, text = int(host.tokens[row]), self._tokenizer.decode
+        token, bytes_of = int(host.tokens[row]), self._tokenizer.bytes_of
         alternatives = [
-            (int(other), text([other]), float(value))
+            (int(other), bytes_of(int(other)), float(value))
             for other, value in zip(
                 host.top[row, :count], host.top_logprobs[row, :count], strict=True
             )
         ]
         own = float(host.logprobs[row])
-        return TokenLogprob(token, text([token]), own, tuple(alternatives))
+        return TokenLogprob(token, bytes_of(token), own, tuple(alternatives))

@@ -50,6 +50,8 @@ class Ticket:
 
     def __init__(self, sequence: Generated, woken: threading.Condition):
         self._sequence, self._woken = sequence, woken
+        # What is read before the answer: with memory "text" the references as well.
+        self.prompt_tokens = len(sequence.prompt)
 
     def cancel(self) -> None:
         """End it where it is, and free its row; nothing happens to one that has ended."""
@@ -134,19 +136,22 @@ class Engine:
 
     def check(self, request: Request) -> int:
         """Tokens of the prompt; raises DataError when it and its answer do not fit."""
-        tokens = len(self.model.tokenizer.encode(request.prompt))
-        whole = 1 + tokens + request.max_tokens
+        return len(self._encoded(request))
+
+    def _encoded(self, request: Request) -> list[int]:
+        prompt = self.model.tokenizer.encode(request.prompt)
+        whole = 1 + len(prompt) + request.max_tokens
         if request.memory == "text":
             self._require_reader()
             whole += most_tokens(self.reader, self.model.tokenizer)
         if whole > self.context:
             most = " at most" if request.memory == "text" else ""
             raise DataError(
-                f"the prompt has {tokens} tokens; with <s> and {request.max_tokens} to generate "
-                f"that is {whole}{most}, the context holds {self.context}: shorten the prompt or "
-                "ask for fewer tokens"
+                f"the prompt has {len(prompt)} tokens; with <s> and {request.max_tokens} to "
+                f"generate that is {whole}{most}, the context holds {self.context}: shorten the "
+                "prompt or ask for fewer tokens"
             )
-        return tokens
+        return prompt
 
     def _require_reader(self) -> None:
         if self.reader is None:
@@ -159,9 +164,8 @@ class Engine:
         DataError when the
         request does not fit, and when the engine is closing.
         """
-        self.check(request)
-        tokenizer, cited = self.model.tokenizer, ()
-        prompt = tokenizer.encode(request.prompt)
+        prompt, cited = self._encoded(request), ()
+        tokenizer = self.model.tokenizer
         if request.memory == "text":
             prompt, cited = augment(self.reader, tokenizer, prompt)
         sequence = Generated(

@@ -54,12 +54,16 @@ class Request:
 
 
 class TokenLogprob(NamedTuple):
-    """Natural log-probability of one token under the model (before temperature and limits)."""
+    """Natural log-probability of one token under the model (before temperature and limits).
+
+    ``bytes`` is what it adds to the UTF-8 of the text, maybe a part of a character; the
+    alternatives are (token, bytes, log-probability), the likeliest first.
+    """
 
     token: int
-    text: str
+    bytes: bytes
     logprob: float
-    alternatives: tuple[tuple[int, str, float], ...] = ()
+    alternatives: tuple[tuple[int, bytes, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +71,8 @@ class Event:
     """What is new about a request.
 
     ``text`` is the text that became certain since the last event, ``said`` the tokens since then
-    and ``tokens`` how many there are so far, ``citations`` the references that a chunk begins to
-    read. The last event has ``finish``, and ``error`` where that is "error".
+    and ``tokens`` how many there are so far, ``citations`` the references found for a chunk that
+    begins. The last event has ``finish``, and ``error`` where that is "error".
     """
 
     text: str = ""

@@ -1,5 +1,6 @@
 """Answers in the forms of the OpenAI protocol, whole or in pieces as they come."""
 
+import codecs
 import dataclasses
 import json
 import time
@@ -29,6 +30,7 @@ class Answer:
     def __init__(self, form: Form, model: str, prompt_tokens: int):
         self._form, self._prompt_tokens = form, prompt_tokens
         self._tokens = self._offset = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._frame = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -45,6 +47,8 @@ class Answer:
         """All of it, once it has ended."""
         text = "".join(event.text for event in self._events)
         logprobs = [one for event in self._events for one in event.logprobs]
+        if self._events[-1].finish == "stop":
+            logprobs = self._within(text, logprobs)
         citations = [one for event in self._events for one in event.citations]
         content = {"message": {"role": "assistant", "content": text}} if self._form.chat else {}
         choice = {
@@ -91,6 +95,15 @@ class Answer:
             "total_tokens": self._prompt_tokens + self._tokens,
         }
 
+    def _within(self, text: str, said: list[TokenLogprob]) -> list[TokenLogprob]:
+        """Those that the text has a part of: not what a stop string cut off."""
+        ends, length = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        for count, one in enumerate(said):
+            if length >= len(text):
+                return said[:count]
+            length += len(ends.decode(one.bytes))
+        return said
+
     def _logprobs(self, said: Any) -> dict[str, Any] | None:
         if not said:
             return None
@@ -100,29 +113,37 @@ class Answer:
         offsets = []
         for one in said:
             offsets.append(self._offset)
-            self._offset += len(one.text)
+            self._offset += len(self._characters.decode(one.bytes))
         return {
-            "tokens": [one.text for one in said],
+            "tokens": [_named(one.bytes) for one in said],
             "token_logprobs": [one.logprob for one in said],
-            "top_logprobs": [{text: value for _, text, value in x.alternatives} for x in said],
+            "top_logprobs": [{_named(said): p for _, said, p in one.alternatives} for one in said],
             "text_offset": offsets,
         }
 
 
 def _of_chat(said: list[TokenLogprob]) -> dict[str, Any]:
-    def entry(text: str, value: float) -> dict[str, Any]:
-        return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
+    def entry(said: bytes, value: float) -> dict[str, Any]:
+        return {"token": _named(said), "logprob": value, "bytes": list(said)}
 
     return {
         "content": [
             {
-                **entry(one.text, one.logprob),
-                "top_logprobs": [entry(text, value) for _, text, value in one.alternatives],
+                **entry(one.bytes, one.logprob),
+                "top_logprobs": [entry(said, value) for _, said, value in one.alternatives],
             }
             for one in said
         ],
         "refusal": None,
     }
+
+
+def _named(said: bytes) -> str:
+    """A token's text, or what OpenAI writes for one that is a part of a character."""
+    try:
+        return said.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
 
 
 def _sent(body: dict[str, Any]) -> str:

@@ -140,7 +140,7 @@ async def _answer(server: Server, form: Form, body: Any, http: HttpRequest) -> R
     server.require_open()
     server.require_model(body.model)
     running = await server.runner.start(body.request())
-    answer = Answer(form, server.name, running.prompt_tokens)
+    answer = Answer(form, server.name, running.ticket.prompt_tokens)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return _Stream(running, _pieces(running, answer, usage=usage))

@@ -48,7 +48,7 @@ class Runner:
         return running
 
     def _submit(self, request: Request, running: "Running") -> None:
-        running.prompt_tokens = self._engine.check(request)
+        self._engine.check(request)
         try:
             running.ticket = self._engine.submit(request, running.take)
         except DataError as error:  # it fits, so the engine is closing
@@ -60,7 +60,6 @@ class Running:
 
     def __init__(self, seconds: float, metrics: Metrics):
         self._metrics = metrics
-        self.prompt_tokens = 0
         self.ticket: Any = None
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

@@ -272,7 +272,7 @@ def test_log_probabilities_are_the_models(bank, engine_of):
     wanted = np.asarray(jax.nn.log_softmax(logits[0], axis=-1))[len(text) - 5 : -1]
     for row, token, said in zip(wanted, found.tokens, found.logprobs, strict=True):
         assert said.token == token == int(row.argmax())
-        assert said.text == model.tokenizer.decode([token])
+        assert said.bytes.decode() == model.tokenizer.decode([token])
         assert said.logprob == pytest.approx(row[token], abs=1e-4)
         best = np.argsort(-row)[:3].tolist()
         assert [one[0] for one in said.alternatives] == best

@@ -65,7 +65,8 @@ class FakeReader:
 
 
 class FakeTicket:
-    def __init__(self):
+    def __init__(self, prompt_tokens):
+        self.prompt_tokens = prompt_tokens
         self.cancelled = threading.Event()
 
     def cancel(self):
@@ -95,7 +96,7 @@ class FakeEngine:
         return count
 
     def submit(self, request, on_event):
-        ticket = FakeTicket()
+        ticket = FakeTicket(len(request.prompt.split()))
         with self.submitted:
             self.requests.append(request)
             self.tickets.append(ticket)
@@ -140,8 +141,9 @@ class FakeEngine:
             said += 1
             logprobs = ()
             if request.logprobs is not None:
-                others = ((1, text, -0.5), (2, "é", -1.5))[: request.logprobs]
-                logprobs = (TokenLogprob(1, text, -0.5, others),)
+                others = ((1, text.encode(), -0.5), (2, b"\xc3", -1.5))
+                others = others[: request.logprobs]
+                logprobs = (TokenLogprob(1, text.encode(), -0.5, others),)
             if text.strip() in request.stop:
                 finish, text = "stop", ""
             last = finish == "stop" or said == request.max_tokens

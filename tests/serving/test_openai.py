@@ -3,6 +3,8 @@
 import openai
 import pytest
 
+from jaxlab.inference.requests import Event, TokenLogprob
+from jaxlab.serving.answers import COMPLETION, Answer
 from tests.serving.fakes import KEY, TEXTS, FakeEngine, served
 
 HELLO = "one two three"
@@ -64,15 +66,30 @@ def test_stop_strings_end_an_answer(client, engine):
 
 
 def test_log_probabilities_in_the_form_of_each_endpoint(client):
+    half = "bytes:\\xc3"  # what OpenAI says of a token that is a part of a character
     found = complete(client, logprobs=2, max_tokens=2).choices[0].logprobs
     assert found.tokens == [" one", " two"] and found.token_logprobs == [-0.5, -0.5]
-    assert found.top_logprobs == [{" one": -0.5, "é": -1.5}, {" two": -0.5, "é": -1.5}]
+    assert found.top_logprobs == [{" one": -0.5, half: -1.5}, {" two": -0.5, half: -1.5}]
     assert found.text_offset == [0, 4]
     said = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert [one.token for one in said] == [" Question:", " hi", " you"]
-    assert [(one.token, one.bytes) for one in said[0].top_logprobs][1] == ("é", [0xC3, 0xA9])
+    assert [(one.token, one.bytes) for one in said[0].top_logprobs][1] == (half, [0xC3])
     assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
     assert chat(client).choices[0].logprobs is None
+
+
+def test_log_probabilities_of_parts_of_characters_make_up_the_text():
+    parts = [b" caf", b"\xc3", b"\xa9", b"!", b"?", b"stop"]
+    answer = Answer(COMPLETION, "m", 1)
+    for place, part in enumerate(parts):
+        text = {0: " caf", 2: "é", 3: "!"}.get(place, "")
+        finish = "stop" if part == b"stop" else None
+        answer.add(Event(text, (1,), place + 1, (TokenLogprob(1, part, -1.0),), finish=finish))
+    choice = answer.whole()["choices"][0]
+    # A stop string that begins with "?" cut off two tokens.
+    assert choice["text"] == " café!"
+    assert choice["logprobs"]["tokens"] == [" caf", "bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert choice["logprobs"]["text_offset"] == [0, 4, 4, 5]
 
 
 def test_a_conversation_becomes_one_text(client, engine):

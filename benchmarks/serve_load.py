@@ -120,13 +120,24 @@ def _figures(url: str) -> dict[str, float]:
     }
 
 
-async def _watch(process: psutil.Process, end: float) -> list[float]:
-    """RSS of the server, once a second."""
+async def _watch(process: psutil.Process, end: float) -> list[tuple[int, int]]:
+    """RSS of the server once a second, whole and without files that are mapped (the index is)."""
     found = []
     while time.monotonic() < end:
-        found.append(float(process.memory_info().rss))
+        memory = process.memory_info()
+        found.append((memory.rss, memory.rss - memory.shared))
         await asyncio.sleep(1)
     return found
+
+
+def _by_minute(figures: list[int], minutes: float) -> list[float]:
+    medians = [float(np.median(figures[at : at + 60])) for at in range(0, len(figures), 60)]
+    return medians[: max(1, int(minutes))]
+
+
+def _growth(by_minute: list[float]) -> float:
+    """From the second minute to the last: in the first one compiles."""
+    return by_minute[-1] / by_minute[min(1, len(by_minute) - 1)] - 1
 
 
 async def _load(args, url: str, model: str, prompts: list[str], server: psutil.Process):
@@ -159,11 +170,14 @@ def _free(url: str) -> dict[str, float]:
 
 
 def _summary(
-    tally: Tally, rss: list[float], before: dict[str, float], after: dict[str, float], args
+    tally: Tally,
+    rss: list[tuple[int, int]],
+    before: dict[str, float],
+    after: dict[str, float],
+    args,
 ) -> dict:
     minutes, tokens = args.minutes, after["generated_tokens"] - before["generated_tokens"]
-    by_minute = [float(np.median(rss[start : start + 60])) for start in range(0, len(rss), 60)]
-    by_minute = by_minute[: max(1, int(minutes))]
+    whole, own = (_by_minute(list(each), minutes) for each in zip(*rss, strict=True))
     hits, misses = after["cache_hits"], after["cache_misses"]
     return {
         "answers": tally.answers,
@@ -177,8 +191,10 @@ def _summary(
         "tokens_per_second": tokens / after["seconds"],
         "seconds_to_first_token": {**percentiles(tally.first), "max": max(tally.first)},
         "seconds_between_tokens": {**percentiles(tally.between), "max": max(tally.between)},
-        "rss_bytes_by_minute": by_minute,
-        "rss_growth_from_second_minute": by_minute[-1] / by_minute[min(1, len(by_minute) - 1)] - 1,
+        "rss_bytes_by_minute": whole,
+        "rss_growth_from_second_minute": _growth(whole),
+        "rss_without_mapped_files_by_minute": own,
+        "rss_without_mapped_files_growth": _growth(own),
         "cache_hit_share": hits / max(1.0, hits + misses),
     }
 

@@ -9,7 +9,7 @@ import tensorstore as ts
 from jaxtyping import Int
 
 from jaxlab.errors import BankError
-from jaxlab.memory.header import BankSpec, Header, Shard, StoredFile
+from jaxlab.memory.header import BankSpec, Header, PlacedFile, Shard, StoredFile
 from jaxlab.memory.objects import list_folders, read_object, reason
 from jaxlab.memory.shards import SOURCES, lone_key
 
@@ -117,12 +117,12 @@ class ShardAccess:
             raise self._unreadable(shard, FileNotFoundError(f"{name} is missing"))
         return found.value
 
-    def _checked(self, key: str, record: StoredFile) -> bytes:
+    def _checked(self, placed: PlacedFile) -> bytes:
         """An object that the header lists by itself."""
-        found = read_object(self._kvstore, key, self.url)
-        if found.state == "missing" or StoredFile.of(found.value) != record:
+        found = read_object(self._kvstore, placed.key, self.url)
+        if found.state == "missing" or StoredFile.of(found.value) != placed.file:
             raise BankError(
-                f"bank {self.url}: {key} is damaged or missing; restore it from a copy,"
+                f"bank {self.url}: {placed.key} is damaged or missing; restore it from a copy,"
                 " or write the bank again"
             )
         return found.value

@@ -11,14 +11,13 @@ import ml_dtypes
 import numpy as np
 
 from jaxlab.errors import BankError, ConfigError
-from jaxlab.memory.lsa import STATE_FILE
 from jaxlab.memory.rate import Rate
 
 FORMAT = "jaxlab-memory-bank"
-VERSION = 2
+VERSION = 3
 HEADER_FILE = "header.json"
-EMBEDDER_FILE = f"embedder/{STATE_FILE}"
-CODEC_FILE = "codec/codec.faiss"
+# Objects that the header lists by themselves, each in a folder of this name.
+ALONE = ("embedder", "codec", "deleted", "index")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -162,6 +161,20 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class PlacedFile:
+    """An object that the header lists by itself, under a key that only its writer uses."""
+
+    key: str
+    file: StoredFile
+
+    @classmethod
+    def of_version_2(cls, name: str, file: StoredFile) -> "PlacedFile":
+        """Where banks of version 2 have it."""
+        fixed = {"embedder": "embedder/embedder.npz", "codec": "codec/codec.faiss"}
+        return cls(fixed.get(name, f"{name}/{file.sha256[:16]}"), file)
+
+
+@dataclass(frozen=True)
 class LostShard:
     """Rows whose shard was damaged beyond repair; its objects lie where they lay, unread."""
 
@@ -195,10 +208,10 @@ class Header:
 
     spec: BankSpec
     writer: str = ""
-    embedder_file: StoredFile | None = None
-    codec_file: StoredFile | None = None
-    deleted_file: StoredFile | None = None
-    index_file: StoredFile | None = None
+    embedder_file: PlacedFile | None = None
+    codec_file: PlacedFile | None = None
+    deleted_file: PlacedFile | None = None
+    index_file: PlacedFile | None = None
     index: IndexRecord | None = None
     shards: tuple[Shard, ...] = ()
     lost: tuple[LostShard, ...] = ()
@@ -218,16 +231,6 @@ class Header:
         """The number that the name of the next shard begins with."""
         return max((int(name.split("-")[0]) for name in self.names), default=-1) + 1
 
-    @property
-    def deleted_key(self) -> str:
-        """Where the rows that were deleted are listed: a new object for each change."""
-        return f"deleted/{self.deleted_file.sha256[:16]}"
-
-    @property
-    def index_key(self) -> str:
-        """Where the index lies: a new object for each."""
-        return f"index/{self.index_file.sha256[:16]}"
-
     def objects(self) -> list[tuple[str, str, StoredFile]]:
         """Every object but the header itself: whose it is, its key, its record."""
         found = [
@@ -235,15 +238,8 @@ class Header:
             for shard in self.shards
             for path, record in shard.files.items()
         ]
-        alone = (
-            ("embedder", EMBEDDER_FILE, self.embedder_file),
-            ("codec", CODEC_FILE, self.codec_file),
-        )
-        if self.deleted_file is not None:
-            alone = (*alone, ("deleted", self.deleted_key, self.deleted_file))
-        if self.index_file is not None:
-            alone = (*alone, ("index", self.index_key, self.index_file))
-        return found + [each for each in alone if each[2] is not None]
+        alone = [(name, getattr(self, f"{name}_file")) for name in ALONE]
+        return found + [(name, each.key, each.file) for name, each in alone if each is not None]
 
     def with_shard(self, shard: Shard) -> "Header":
         """This header with one shard more."""
@@ -262,10 +258,10 @@ class Header:
             found = (body["format"], body["version"])
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(url, "it is not complete JSON") from error
-        if found != (FORMAT, VERSION):
+        if found not in ((FORMAT, 2), (FORMAT, VERSION)):
             raise BankError(
                 f"bank {url} has format {found[0]} version {found[1]}; this jaxlab reads {FORMAT}"
-                f" version {VERSION}: use the jaxlab that wrote it, or write the bank again"
+                f" versions 2 and {VERSION}: use the jaxlab that wrote it, or write the bank again"
             )
         if body.pop("checksum", None) != _checksum(body):
             raise _damaged(url, "its checksum does not match")
@@ -279,10 +275,7 @@ def _parse(body: dict[str, Any]) -> Header:
     spec = dict(body["spec"])
     spec["identity"] = BankIdentity(**spec["identity"])
     spec |= {name: tuple(spec[name]) for name in ("memory_shape", "preface")}
-    files = {
-        name: StoredFile(**body[name]) if body[name] else None
-        for name in ("embedder_file", "codec_file", "deleted_file", "index_file")
-    }
+    files = {f"{name}_file": _placed(name, body[f"{name}_file"], body["version"]) for name in ALONE}
     index = body["index"]
     shards = [Shard.of(shard) for shard in body["shards"]]
     return Header(
@@ -293,6 +286,14 @@ def _parse(body: dict[str, Any]) -> Header:
         shards=tuple(shards),
         lost=tuple(LostShard(**each) for each in body["lost"]),
     )
+
+
+def _placed(name: str, values: dict[str, Any] | None, version: int) -> PlacedFile | None:
+    if values is None:
+        return None
+    if version == 2:
+        return PlacedFile.of_version_2(name, StoredFile(**values))
+    return PlacedFile(values["key"], StoredFile(**values["file"]))
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -20,8 +20,6 @@ from jaxlab.errors import BankError
 from jaxlab.memory.access import ShardAccess
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
 from jaxlab.memory.header import (
-    CODEC_FILE,
-    EMBEDDER_FILE,
     Header,
     IndexRecord,
     LostShard,
@@ -104,14 +102,14 @@ class BankReader(ShardAccess):
 
         Raises BankError when it is missing or damaged.
         """
-        key, record = self._header.index_key, self._header.index_file
+        placed = self._header.index_file
         path = self.url.removeprefix("file://")
         if "://" in path:
-            return key, self._checked(key, record)
-        path = os.path.join(os.path.expanduser(path), key)
-        if not os.path.exists(path) or os.path.getsize(path) != record.bytes:
+            return placed.key, self._checked(placed)
+        path = os.path.join(os.path.expanduser(path), placed.key)
+        if not os.path.exists(path) or os.path.getsize(path) != placed.file.bytes:
             raise BankError(
-                f"bank {self.url}: {key} is damaged or missing; make it again with"
+                f"bank {self.url}: {placed.key} is damaged or missing; make it again with"
                 " `jaxlab memory index`"
             )
         return path, None
@@ -255,7 +253,7 @@ class BankReader(ShardAccess):
     def embedder_state(self) -> bytes:
         """What the embedder was fitted to; empty where its name says it all."""
         record = self._header.embedder_file
-        return b"" if record is None else self._checked(EMBEDDER_FILE, record)
+        return b"" if record is None else self._checked(record)
 
     @functools.cached_property
     def codec(self) -> Codec | None:
@@ -263,7 +261,7 @@ class BankReader(ShardAccess):
         record = self._header.codec_file
         if record is None:
             return None
-        return Codec.from_bytes(self.spec.codec, self._checked(CODEC_FILE, record))
+        return Codec.from_bytes(self.spec.codec, self._checked(record))
 
     def stats(self) -> dict[str, Any]:
         """Counts, sizes and settings, ready to print or to store as JSON."""
@@ -311,7 +309,7 @@ class BankReader(ShardAccess):
             alive[each.start : each.start + each.count] = False
         if header.deleted_file is not None:
             try:
-                content = self._checked(header.deleted_key, header.deleted_file)
+                content = self._checked(header.deleted_file)
             except BankError as error:
                 return error  # to look after a bank is possible all the same
             alive[np.frombuffer(content, "<i8")] = False
@@ -370,7 +368,8 @@ def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
 
 
 def _living(header: Header) -> tuple:
-    return header.rows, header.deleted_file, header.lost
+    # The content alone: in another bank the same list has another key.
+    return header.rows, header.deleted_file and header.deleted_file.file, header.lost
 
 
 def _marks(lines: np.ndarray) -> np.ndarray:

@@ -3,9 +3,10 @@
 Layout, every object written through TensorStore::
 
     header.json                    what is in the bank; the commit point of every change
-    deleted/                       numbers of the rows that were deleted
-    embedder/embedder.npz          state of a fitted embedder
-    codec/codec.faiss              the codec of a quantized bank
+    deleted/SHA-WRITER             numbers of the rows that were deleted
+    index/SHA-WRITER               the index, where the bank has one
+    embedder/SHA-WRITER            state of a fitted embedder
+    codec/SHA-WRITER               the codec of a quantized bank
     shards/000000-WRITER/          the first shard, under a name that only its writer uses
         memories/                  zarr3 (n, layers, 2, kv heads, tokens kept, head dim); or
         codes/                     zarr3 (n, layers, 2, kv heads, tokens kept, bytes) uint8
@@ -19,8 +20,9 @@ Layout, every object written through TensorStore::
 A shard is written once, by one ``append``, and exists from the moment the header lists it. One
 memory is one inner chunk of the zarr3 shard, with a checksum: it is read with one range request,
 and a damaged one is an error. In a cold shard the memories are objects of their own, each written
-when it is first read. Whoever opened the bank for writing last is its writer; a former one
-can add nothing more. Any number of readers, each of which sees the bank as it was when opened.
+when it is first read. Whoever opened the bank for writing last is its writer; a former one can add
+nothing more and takes nothing away, since no two of them use the same key. Any number of readers,
+each of which sees the bank as it was when opened.
 """
 
 import contextlib
@@ -36,15 +38,13 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.header import (
-    CODEC_FILE,
-    EMBEDDER_FILE,
+    ALONE,
     HEADER_FILE,
     BankIdentity,
     BankSpec,
     Header,
     IndexRecord,
     Shard,
-    StoredFile,
 )
 from jaxlab.memory.objects import (
     default_context,
@@ -112,20 +112,11 @@ class Bank(ShardWriter):
             raise BankError(f"there is a bank at {url} already; open it, or choose another place")
         if bool(spec.codec) != bool(codec_state):
             raise BankError(f"bank {url}: a codec takes both its name and its state")
-        states = {EMBEDDER_FILE: embedder_state, CODEC_FILE: codec_state}
-        files = [StoredFile.of(state) if state else None for state in states.values()]
-        header = Header(spec=spec, embedder_file=files[0], codec_file=files[1])
-        bank = cls(
-            url,
-            context=context,
-            kvstore=kvstore,
-            header=header,
-            generation=found.stamp.generation,
-        )
-        for key, state in states.items():
-            if state:
-                bank._write(key, state)
-        bank._become_writer()
+        header, generation = Header(spec=spec, writer=_new_name()), found.stamp.generation
+        bank = cls(url, context=context, kvstore=kvstore, header=header, generation=generation)
+        embedder = bank._place("embedder", embedder_state) if embedder_state else None
+        codec = bank._place("codec", codec_state) if codec_state else None
+        bank._commit(replace(header, embedder_file=embedder, codec_file=codec))
         return bank
 
     @classmethod
@@ -155,8 +146,7 @@ class Bank(ShardWriter):
         generation = found.stamp.generation if write else None
         bank = cls(url, context=context, kvstore=kvstore, header=header, generation=generation)
         if write:
-            bank._become_writer()
-            bank._sweep()
+            bank._take_over(header)
         return bank
 
     def append(
@@ -225,9 +215,8 @@ class Bank(ShardWriter):
         after[rows] = False
         if (gone := int(before.sum() - after.sum())) > 0:
             content = np.flatnonzero(~after).astype("<i8").tobytes()
-            header = replace(self._header, deleted_file=StoredFile.of(content))
-            self._write(header.deleted_key, content)
-            self._commit(header)
+            placed = self._place("deleted", content)
+            self._commit(replace(self._header, deleted_file=placed))
         return gone
 
     def compact(self, *, shard_references: int = SHARD_REFERENCES) -> int:
@@ -245,63 +234,70 @@ class Bank(ShardWriter):
     def keep_index(self, content: bytes, index: IndexRecord) -> None:
         """Store an index of this bank's rows in place of the one it had."""
         self.require_writable()
-        header = replace(self._header, index_file=StoredFile.of(content), index=index)
-        self._write(header.index_key, content)
-        self._commit(header)
-        with contextlib.suppress(BankError):
-            self._sweep()
+        placed = self._place("index", content)
+        self._take_over(replace(self._header, index_file=placed, index=index))
 
     def lack_the_same(self, other: BankReader) -> None:
         """Take over what was deleted or lost in another bank of the same rows."""
-        header = replace(
-            self._header, deleted_file=other._header.deleted_file, lost=other._header.lost
-        )
-        if header.deleted_file is not None:
-            content = other._checked(header.deleted_key, header.deleted_file)
-            self._write(header.deleted_key, content)
-        self._commit(header)
+        deleted = other._header.deleted_file
+        if deleted is not None:
+            deleted = self._place("deleted", other._checked(deleted))
+        self._commit(replace(self._header, deleted_file=deleted, lost=other._header.lost))
 
     def exchange(self, shards: Sequence[Shard], **changes: Any) -> None:
         """Commit another list of shards in one go, then delete what is no longer listed."""
-        self._commit(replace(self._header, shards=tuple(shards), **changes))
-        # What cannot be deleted now goes when the bank is next opened for writing.
-        with contextlib.suppress(BankError):
-            self._sweep()
+        self._take_over(replace(self._header, shards=tuple(shards), **changes))
 
     def require_writable(self) -> None:
         """Raise BankError when opened for reading or changed by another writer."""
         if self._generation is None:
-            raise BankError(f"bank {self.url} is not open for writing; open it with write=True")
+            raise self._not_open()
         if read_object(self._kvstore, HEADER_FILE, self.url).stamp.generation != self._generation:
             raise self._changed()
+
+    def _not_open(self) -> BankError:
+        return BankError(f"bank {self.url} is not open for writing; open it with write=True")
 
     def _changed(self) -> BankError:
         return BankError(
             f"bank {self.url} was changed by another writer; nothing was added: open it again"
         )
 
-    def _become_writer(self) -> None:
-        """Put a new name into the header: the commit of any former writer then fails."""
-        self._commit(replace(self._header, writer=secrets.token_hex(4)))
+    def _take_over(self, header: Header) -> None:
+        """Commit under a new writer's name, then delete what lay there before and is not listed.
+
+        Every key holds the name of its writer. What was found before the commit is thus of former
+        names, under which nothing can be committed any more: unlisted now, it is so for ever. What
+        a later writer stores while this one deletes, is not among it.
+        """
+        listed = {key for _, key, _ in header.objects()}
+        folders = {f"shards/{name}/" for name in self._names("shards/") - header.names}
+        alone = {f"{each}/{name}" for each in ALONE for name in self._names(f"{each}/")} - listed
+        self._commit(replace(header, writer=_new_name()))
+        # What cannot be deleted now goes when the bank is next opened for writing.
+        with contextlib.suppress(BankError):
+            for folder in folders:
+                delete_folder(self._kvstore, folder, url=self.url)
+            for key in alone:
+                delete_object(self._kvstore, key, url=self.url)
+
+    def _names(self, folder: str) -> set[str]:
+        return list_folders(self._kvstore, folder, url=self.url)
 
     def _commit(self, header: Header) -> None:
         """Replace the header if it is still the one this bank knows."""
         expected, self._generation = self._generation, None  # until the outcome is certain
+        if expected is None:
+            raise self._not_open()
         stamp = self._write(HEADER_FILE, header.to_bytes(), if_equal=expected)
         if not stamp.generation:
             raise self._changed()
         self._use(header)
         self._generation = stamp.generation
 
-    def _sweep(self) -> None:
-        """Delete what the header does not list: rests of killed writers, and what was replaced."""
-        for name in list_folders(self._kvstore, "shards/", url=self.url) - self._header.names:
-            delete_folder(self._kvstore, f"shards/{name}/", url=self.url)
-        listed = {key for _, key, _ in self._header.objects()}
-        for folder in ("deleted/", "index/"):
-            for name in list_folders(self._kvstore, folder, url=self.url):
-                if folder + name not in listed:
-                    delete_object(self._kvstore, folder + name, url=self.url)
+
+def _new_name() -> str:
+    return secrets.token_hex(4)
 
 
 def bank_exists(url: str | os.PathLike[str]) -> bool:

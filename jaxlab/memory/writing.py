@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxlab.errors import BankError
-from jaxlab.memory.header import Shard, StoredFile
+from jaxlab.memory.header import PlacedFile, Shard, StoredFile
 from jaxlab.memory.objects import delete_folder, delete_object, write_object
 from jaxlab.memory.reading import BankReader
 from jaxlab.memory.shards import (
@@ -133,6 +133,13 @@ class ShardWriter(BankReader):
         if self.codec is not None and whole and memories.dtype != np.uint8:
             memories = self.codec.encode(memories.astype(np.float32))
         return np.ascontiguousarray(memories)
+
+    def _place(self, folder: str, content: bytes) -> PlacedFile:
+        """Write an object that the header is to list by itself."""
+        file = StoredFile.of(content)
+        placed = PlacedFile(f"{folder}/{file.sha256[:16]}-{self._header.writer}", file)
+        self._write(placed.key, content)
+        return placed
 
     def _write(self, key: str, content: bytes, *, if_equal: bytes | None = None) -> Any:
         """Write one object at once or not at all; every byte of a bank goes through here."""

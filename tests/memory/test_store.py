@@ -166,7 +166,7 @@ def test_no_bank_and_a_damaged_header_are_one_clear_error(tmp_path):
     with pytest.raises(BankError, match="checksum does not match"):
         Bank.open(tmp_path)
     header.write_text(json.dumps({**json.loads(content), "version": 99}))
-    with pytest.raises(BankError, match="version 99; this jaxlab reads .* version 2"):
+    with pytest.raises(BankError, match="version 99; this jaxlab reads .* versions 2 and 3"):
         Bank.open(tmp_path)
 
 
@@ -260,10 +260,10 @@ def test_the_embedder_travels_with_the_bank_and_is_verified(tmp_path):
     Bank.create(tmp_path, spec=spec, embedder_state=fitted.to_bytes())
     bank = Bank.open(tmp_path)
     np.testing.assert_array_equal(bank.embedder().embed(["another"]), fitted.embed(["another"]))
-    file = tmp_path / "embedder/embedder.npz"
+    (file,) = (tmp_path / "embedder").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert bank.verify().damaged == ("embedder",)
-    with pytest.raises(BankError, match="embedder.npz is damaged"):
+    with pytest.raises(BankError, match=r"embedder/[\w-]+ is damaged"):
         bank.embedder()
 
 

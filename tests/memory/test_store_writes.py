@@ -1,18 +1,22 @@
 """Laws of writing a bank: whole commits or none, killed writers, full disks, two writers."""
 
+import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxlab.errors import BankError
-from jaxlab.memory import objects, writing
+from jaxlab.memory import objects, store, writing
 from jaxlab.memory.store import Bank
-from tests.memory.stored import bits, contents, files_of, written
+from tests.memory.stored import SPEC, bits, contents, files_of, written
 
 
 @pytest.mark.parametrize("when", range(1, 14))
@@ -146,3 +150,134 @@ def test_a_writer_that_comes_while_another_writes_takes_nothing_from_its_own(
     bank = Bank.open(tmp_path)
     assert [shard.count for shard in bank.shards] == [3, 2, *[2] * adds, 4] and bank.verify().ok
     assert bits(bank.read(range(len(bank) - 4, len(bank))).memories) == bits(contents(4, seed=7)[0])
+
+
+STEPS = ["list_folders", "write_object", "delete_folder", "delete_object", "read_object"]
+
+
+def interrupted(patch, name, nth, act) -> list:
+    """Run ``act`` before the nth call of a function of the store; what it gave, once it ran."""
+    module = writing if name == "write_object" else store
+    real, calls, done = getattr(module, name), [], []
+
+    def late(*given, **options):
+        calls.append(name)
+        if len(calls) == nth and not done:
+            done.append(None)  # what it calls itself is not interrupted
+            done[0] = act()
+        return real(*given, **options)
+
+    patch.setattr(module, name, late)
+    return done
+
+
+def told_all(bank: Bank) -> list[tuple]:
+    alive = [row for row in range(bank.rows) if bank.alive() is None or bank.alive()[row]]
+    memories = bank.read(alive).memories
+    return [(bits(m), text) for m, text in zip(memories, bank.references(alive), strict=True)]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("work", ["open", "compact", "keep_index"])
+def test_a_writer_that_comes_at_any_step_of_clearing_keeps_what_it_commits(
+    tmp_path, monkeypatch, work, step, nth
+):
+    """Whatever another writer does between two steps: all that it committed is there."""
+    bank = written(tmp_path, counts=(3, 2, 2))
+    bank.delete(rows=[1])
+    (tmp_path / "shards/000003-0ther").mkdir()
+    (tmp_path / "shards/000003-0ther/sources.json").write_text("the rest of a killed writer")
+
+    def other():
+        latter = Bank.open(tmp_path, write=True)
+        latter.append(*contents(2, seed=5))
+        latter.delete(rows=[0])
+        latter.keep_index(b"an index of the other", record())
+        return told_all(latter)
+
+    with monkeypatch.context() as patch:
+        done = interrupted(patch, step, nth, other)
+        try:
+            if work == "open":
+                Bank.open(tmp_path, write=True)
+            elif work == "compact":
+                bank.compact(shard_references=4)
+            else:
+                bank.keep_index(b"an index", record())
+        except BankError as error:
+            assert "changed by another writer" in str(error)
+    after = Bank.open(tmp_path)
+    assert after.verify().ok
+    if done:
+        assert told_all(after) == done[0]
+    Bank.open(tmp_path, write=True)
+    assert Bank.open(tmp_path).verify().ok
+    assert not files_of(tmp_path / "shards/000003-0ther")
+
+
+def record():
+    return store.IndexRecord("IVF16,SQ8", 5, 1, 1.0, "0" * 64)
+
+
+def test_a_name_that_was_given_up_is_never_used_again(tmp_path):
+    """A reader may still store a memory in a shard that was compacted away."""
+    memories, _, embeddings, references = contents(4)
+    bank = Bank.create(tmp_path, spec=SPEC)
+    bank.append_cold(embeddings[:2], references[:2])
+    reader = Bank.open(tmp_path)
+    bank.delete(rows=[0, 1])
+    bank.compact()
+    reader.warm(np.arange(2), memories[:2])
+    bank.append_cold(embeddings[2:], references[2:])
+    assert Bank.open(tmp_path).cold_rows().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+@pytest.mark.parametrize("step", ["read_object", "write_object"])
+def test_who_loses_the_race_to_make_a_bank_takes_nothing_from_the_winner(
+    tmp_path, monkeypatch, step, nth
+):
+    codec = replace(SPEC, codec="OPQ2_4,Residual2x2,PQ2x2")
+
+    def make(name: bytes) -> Bank:
+        states = {"embedder_state": name + b" embedder", "codec_state": name + b" codec"}
+        return Bank.create(tmp_path, spec=codec, **states)
+
+    with monkeypatch.context() as patch:
+        done = interrupted(patch, step, nth, lambda: make(b"winner"))
+        try:
+            make(b"loser")
+        except BankError as error:
+            assert re.search("changed by another writer|there is a bank", str(error))
+    for bank in (Bank.open(tmp_path), Bank.open(tmp_path, write=True)):
+        assert bank.verify().ok
+        assert bank.embedder_state() == (b"winner embedder" if done else b"loser embedder")
+    assert len(files_of(tmp_path)) == 3  # of the loser nothing is left
+
+
+def test_a_bank_of_version_2_is_read_and_written_on(tmp_path):
+    """Its objects have fixed keys: embedder.npz, codec.faiss, and the sum alone of a list."""
+    bank = Bank.create(tmp_path, spec=SPEC, embedder_state=b"the embedder")
+    for seed in (0, 1):
+        bank.append(*contents(3, seed=seed))
+    bank.delete(rows=[1])
+    bank.keep_index(b"the index", record())
+    before, header = told_all(bank), json.loads((tmp_path / "header.json").read_bytes())
+    del header["checksum"]
+    for name in ("embedder", "deleted", "index"):
+        placed = header[f"{name}_file"]
+        fixed = "embedder.npz" if name == "embedder" else placed["file"]["sha256"][:16]
+        (tmp_path / placed["key"]).rename(tmp_path / name / fixed)
+        header[f"{name}_file"] = placed["file"]
+    header["version"] = 2
+    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    (tmp_path / "header.json").write_text(json.dumps({**header, "checksum": checksum}))
+    for each in (Bank.open(tmp_path), Bank.open(tmp_path, write=True), Bank.open(tmp_path)):
+        assert told_all(each) == before and each.verify().ok
+        assert each.embedder_state() == b"the embedder"
+    each = Bank.open(tmp_path, write=True)
+    each.delete(rows=[0])
+    Bank.open(tmp_path, write=True).compact()
+    assert told_all(Bank.open(tmp_path)) == before[1:] and Bank.open(tmp_path).verify().ok
+    assert not files_of(tmp_path / "deleted")

@@ -222,6 +222,9 @@ def _repair(arguments: argparse.Namespace) -> int:
     done = Bank.open(arguments.bank, identity=identity, write=True).repair(**given)
     for line in (*(f"lost: {each}" for each in done.lost), *done.problems):
         print(f"error: {line}", file=sys.stderr)
+    if done.index_gone:
+        told = "its index was of other rows and is gone; make it again with `jaxlab memory index`"
+        print(f"bank {arguments.bank}: {told}", file=sys.stderr)
     print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(done)}))
     return 1 if done.lost or done.problems else 0
 

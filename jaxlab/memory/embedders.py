@@ -15,10 +15,9 @@ from jaxtyping import Float, Float32
 
 from jaxlab.config import embedder_problem
 from jaxlab.errors import ConfigError
-from jaxlab.memory.lsa import STATE_FILE, LsaEmbedder, unit_rows
+from jaxlab.memory.lsa import LsaEmbedder, unit_rows
 
 __all__ = [
-    "STATE_FILE",
     "Embedder",
     "LsaEmbedder",
     "ModelEmbedder",

@@ -125,6 +125,13 @@ class StoredFile:
         """The record of ``content``."""
         return cls(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
+    @classmethod
+    def of_path(cls, path: str) -> "StoredFile":
+        """The record of a local file, which need not fit into memory."""
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(bytes=file.tell(), sha256=digest)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -241,6 +248,23 @@ class Header:
         alone = [(name, getattr(self, f"{name}_file")) for name in ALONE]
         return found + [(name, each.key, each.file) for name, each in alone if each is not None]
 
+    def fingerprint(self, rows: int) -> str:
+        """SHA-256 over the embeddings of the first ``rows``: what an index has to be of."""
+        listed = [
+            (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
+            for shard in self.shards
+            if shard.start < rows
+        ]
+        listed += [(each.start, each.count) for each in self.lost if each.start < rows]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def index_fits(self) -> bool:
+        """Whether the index is of the rows that are here; True where there is none."""
+        index = self.index
+        if index is None:
+            return True
+        return index.rows <= self.rows and index.bank == self.fingerprint(index.rows)
+
     def with_shard(self, shard: Shard) -> "Header":
         """This header with one shard more."""
         return replace(self, shards=(*self.shards, shard))
@@ -269,6 +293,10 @@ class Header:
             return _parse(body)
         except (KeyError, TypeError) as error:
             raise _damaged(url, f"a field is missing or unknown: {error}") from error
+
+
+def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
+    return [(path, file.sha256) for path, file in shard.files.items() if path.startswith(prefix)]
 
 
 def _parse(body: dict[str, Any]) -> Header:

@@ -85,7 +85,7 @@ def open_index(bank: Bank, *, grows: bool = False) -> FlatIndex | ApproximateInd
     record = bank.index_record
     if record is None:
         return FlatIndex.of(bank.embedding_blocks(), bank.spec.embedding_dim)
-    if record.rows > bank.rows or record.bank != bank.fingerprint(record.rows):
+    if not bank.index_fits():
         raise BankError(
             f"bank {bank.url}: its index is of other references; make it again with"
             " `jaxlab memory index`"

@@ -16,7 +16,6 @@ from jaxtyping import Float, Float32, Int, Integer
 
 from jaxlab.errors import BankError, DataError
 
-STATE_FILE = "embedder.npz"
 _FORMAT = "jaxlab-lsa"
 _VERSION = 1
 _WORD = re.compile(r"\w+")

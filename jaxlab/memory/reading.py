@@ -5,7 +5,6 @@ the number of arrays it keeps open, whatever the size of the bank.
 """
 
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from jaxlab.memory.header import (
     IndexRecord,
     LostShard,
     Shard,
+    StoredFile,
 )
 from jaxlab.memory.quantize import Codec
 from jaxlab.memory.shards import (
@@ -100,14 +100,14 @@ class BankReader(ShardAccess):
     def index_object(self) -> tuple[str, bytes | None]:
         """The index as a local path, or for a bank elsewhere its key and its bytes.
 
-        Raises BankError when it is missing or damaged.
+        Raises BankError when it is missing or damaged: it is read once, against its checksum.
         """
         placed = self._header.index_file
         path = self.url.removeprefix("file://")
         if "://" in path:
             return placed.key, self._checked(placed)
         path = os.path.join(os.path.expanduser(path), placed.key)
-        if not os.path.exists(path) or os.path.getsize(path) != placed.file.bytes:
+        if not os.path.exists(path) or StoredFile.of_path(path) != placed.file:
             raise BankError(
                 f"bank {self.url}: {placed.key} is damaged or missing; make it again with"
                 " `jaxlab memory index`"
@@ -116,14 +116,11 @@ class BankReader(ShardAccess):
 
     def fingerprint(self, rows: int | None = None) -> str:
         """SHA-256 over the embeddings of the first ``rows``: what an index has to be of."""
-        end = self.rows if rows is None else rows
-        listed = [
-            (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
-            for shard in self.shards
-            if shard.start < end
-        ]
-        listed += [(each.start, each.count) for each in self.lost if each.start < end]
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        return self._header.fingerprint(self.rows if rows is None else rows)
+
+    def index_fits(self) -> bool:
+        """Whether the index is of this bank's rows; appended ones may be missing from it."""
+        return self._header.index_fits()
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.
@@ -361,10 +358,6 @@ class BankReader(ShardAccess):
             return read_line(self._finish_object(shard, line, REFERENCES), crc)
         except ValueError as error:
             raise self._unreadable(shard, error) from error
-
-
-def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
-    return [(path, file.sha256) for path, file in shard.files.items() if path.startswith(prefix)]
 
 
 def _living(header: Header) -> tuple:

@@ -245,8 +245,14 @@ class Bank(ShardWriter):
         self._commit(replace(self._header, deleted_file=deleted, lost=other._header.lost))
 
     def exchange(self, shards: Sequence[Shard], **changes: Any) -> None:
-        """Commit another list of shards in one go, then delete what is no longer listed."""
-        self._take_over(replace(self._header, shards=tuple(shards), **changes))
+        """Commit another list of shards in one go, then delete what is no longer listed.
+
+        The index goes with them when it is of other rows than are there then.
+        """
+        header = replace(self._header, shards=tuple(shards), **changes)
+        if not header.index_fits():
+            header = replace(header, index=None, index_file=None)
+        self._take_over(header)
 
     def require_writable(self) -> None:
         """Raise BankError when opened for reading or changed by another writer."""

@@ -19,9 +19,9 @@ def compact(bank: Bank, *, shard_references: int) -> int:
     """Rewrite shards without deleted references; how many shards were written.
 
     Neighbours that are small, or cold, are put together in shards of ``shard_references``; a shard
-    that is whole stays as it is. Rows are numbered anew, in the same order: an index of the bank
-    and citations of it are of no use afterwards, and readers have to open it again. All happens in
-    one commit: a bank whose writer was killed is what it was.
+    that is whole stays as it is. Rows are numbered anew, in the same order: citations of the bank
+    are of no use afterwards, its index goes, and readers have to open it again. All happens in one
+    commit: a bank whose writer was killed is what it was.
     """
     bank.require_writable()
     alive = bank.alive()
@@ -39,7 +39,7 @@ def compact(bank: Bank, *, shard_references: int) -> int:
         shards += made
         start += sum(shard.count for shard in made)
     if written or bank.alive() is not None:
-        bank.exchange(shards, lost=(), deleted_file=None, index=None, index_file=None)
+        bank.exchange(shards, lost=(), deleted_file=None)
     return written
 
 
@@ -91,8 +91,9 @@ def repair(
 
     With its texts sound a shard is made again: what else is damaged follows from them, memories if
     there is an ``encode`` (:func:`jaxlab.memory.pipeline.reference_encoder`). A shard that is set
-    aside is read no more and its rows count as deleted; its files stay until :func:`compact`. A
-    damaged memory of a cold shard is forgotten, to be encoded when it is next read.
+    aside is read no more and its rows count as deleted; its files stay until :func:`compact`, and
+    an index that they are in goes. A damaged memory of a cold shard is forgotten, to be encoded
+    when it is next read.
 
     Raises BankError when the codec or the list of deleted rows is damaged: then nothing is known.
     """
@@ -120,14 +121,18 @@ def repair(
             repaired.append(shard.name)
             shard = made
         shards.append(shard)
+    index = bank.index_record
     if repaired or aside:
         bank.exchange(shards, lost=(*bank.lost, *aside))
-    left = tuple(line for line in found.problems if not line.startswith("shard "))
+    index_gone = bank.index_record != index
+    settled = ("shard ", "index: ") if index_gone else ("shard ",)
+    left = tuple(line for line in found.problems if not line.startswith(settled))
     return RepairReport(
         repaired=tuple(repaired),
         set_aside=tuple(each.name for each in aside),
         lost=tuple(lost),
         forgotten=forgotten,
+        index_gone=index_gone,
         problems=left,
     )
 

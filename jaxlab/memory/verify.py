@@ -35,13 +35,15 @@ class VerifyReport:
 class RepairReport:
     """What ``Bank.repair`` did; ``lost`` has one line for each shard that was set aside.
 
-    ``forgotten`` memories of cold shards will be encoded again; ``problems`` are left.
+    ``forgotten`` memories of cold shards will be encoded again; ``index_gone``: the index was of
+    rows that are lost now, and has to be made again; ``problems`` are left.
     """
 
     repaired: tuple[str, ...]
     set_aside: tuple[str, ...]
     lost: tuple[str, ...]
     forgotten: int
+    index_gone: bool
     problems: tuple[str, ...]
 
 

@@ -186,11 +186,10 @@ def test_an_index_that_is_damaged_or_of_another_bank_is_not_used(tmp_path):
     path.write_bytes(content[:-5])
     with pytest.raises(BankError, match="damaged or missing; make it again with `jaxlab memory i"):
         open_index(Bank.open(tmp_path / "bank"))
-    path.write_bytes(b"x" * len(content))
-    with pytest.raises(BankError, match="its index is damaged"):
-        open_index(Bank.open(tmp_path / "bank"))
     middle = len(content) // 2
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(BankError, match="damaged or missing; make it again with `jaxlab memory i"):
+        open_index(Bank.open(tmp_path / "bank"))
     problems = Bank.open(tmp_path / "bank").verify().problems
     assert len(problems) == 1 and problems[0].startswith("index: index/")
     path.write_bytes(content)
@@ -198,6 +197,39 @@ def test_an_index_that_is_damaged_or_of_another_bank_is_not_used(tmp_path):
     bank.keep_index(content, record)
     with pytest.raises(BankError, match="its index is of other references"):
         open_index(bank)
+
+
+def test_what_is_stored_as_an_index_and_is_none_is_an_error(tmp_path):
+    bank = bank_of(tmp_path)
+    build_index(bank, "IVF16,SQ8")
+    bank.keep_index(b"no index", bank.index_record)
+    with pytest.raises(BankError, match="its index is damaged"):
+        open_index(bank)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_repair_takes_an_index_of_lost_rows_away_and_says_so(tmp_path, spoilt):
+    bank = bank_of(tmp_path)
+    memories, kept, _, references = contents(3, seed=9)
+    bank.append(memories, kept, bank.embeddings()[:3], references)
+    last = {"sound": tmp_path / "bank" / bank.shards[-1].folder}
+    build_index(bank, "IVF16,SQ8")
+    bank.append(memories, kept, bank.embeddings()[:3], references)
+    last["later"] = tmp_path / "bank" / bank.shards[-1].folder
+    if spoilt:
+        (index,) = (tmp_path / "bank/index").iterdir()
+        index.write_bytes(b"")
+    for folder in (last["later"], last["sound"]):
+        (folder / "references.jsonl").write_bytes(b"")
+        done = Bank.open(tmp_path / "bank", write=True).repair()
+        gone = folder == last["sound"]
+        assert len(done.set_aside) == 1 and done.index_gone == gone
+        assert bool(done.problems) == (spoilt and not gone)
+        after = Bank.open(tmp_path / "bank")
+        if gone or not spoilt:
+            assert after.verify().ok
+            assert isinstance(open_index(after), FlatIndex if gone else ApproximateIndex)
+    assert not list((tmp_path / "bank/index").iterdir())
 
 
 def test_a_new_index_takes_the_place_of_the_old_and_compaction_takes_it_away(tmp_path):

@@ -256,7 +256,7 @@ class Header:
             if shard.start < rows
         ]
         listed += [(each.start, each.count) for each in self.lost if each.start < rows]
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        return _sha256(json.dumps(listed))
 
     def index_fits(self) -> bool:
         """Whether the index is of the rows that are here; True where there is none."""
@@ -271,8 +271,9 @@ class Header:
 
     def to_bytes(self) -> bytes:
         """JSON, with a checksum of itself so that a damaged header cannot be believed."""
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+        # Every change writes all of it: ``asdict`` and an indent would take most of the time.
+        text = _sorted({"format": FORMAT, "version": VERSION, **vars(self)})
+        return f'{text[:-1]}, "checksum": "{_sha256(text)}"}}'.encode()
 
     @classmethod
     def from_bytes(cls, content: bytes, *, url: str) -> "Header":
@@ -287,7 +288,7 @@ class Header:
                 f"bank {url} has format {found[0]} version {found[1]}; this jaxlab reads {FORMAT}"
                 f" versions 2 and {VERSION}: use the jaxlab that wrote it, or write the bank again"
             )
-        if body.pop("checksum", None) != _checksum(body):
+        if body.pop("checksum", None) != _sha256(_sorted(body)):
             raise _damaged(url, "its checksum does not match")
         try:
             return _parse(body)
@@ -324,8 +325,12 @@ def _placed(name: str, values: dict[str, Any] | None, version: int) -> PlacedFil
     return PlacedFile(values["key"], StoredFile(**values["file"]))
 
 
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _sorted(body: dict[str, Any]) -> str:
+    return json.dumps(body, sort_keys=True, default=vars)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _damaged(url: str, reason: str) -> BankError:

@@ -1,6 +1,7 @@
 """Objects of a memory bank: opening a place for them, reading, writing, listing, deleting."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import tensorstore as ts
@@ -56,10 +57,20 @@ def write_object(
         ) from error
 
 
-def list_folders(kvstore: Any, folder: str, *, url: str) -> set[str]:
-    """The names directly below ``folder`` (which ends in a slash) that hold at least one object."""
+def list_folders(kvstore: Any, folder: str, *, url: str, without: Iterable[str] = ()) -> set[str]:
+    """The names directly below ``folder`` (which ends in a slash) that hold at least one object.
+
+    A store lists all objects: those below the names ``without`` are not asked for.
+    """
+    whole, inner = _range(folder), [_range(f"{folder}{name}/") for name in sorted(without)]
+    starts = [whole.inclusive_min, *(each.exclusive_max for each in inner)]
+    stops = [*(each.inclusive_min for each in inner), whole.exclusive_max]
     try:
-        keys = kvstore.list(_range(folder)).result()
+        pending = [
+            kvstore.list(ts.KvStore.KeyRange(start, stop))
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+        keys = [key for some in pending for key in some.result()]
     except Exception as error:
         raise BankError(f"bank {url}: cannot list {folder} ({reason(error)})") from error
     return {key.decode().removeprefix(folder).split("/")[0] for key in keys}

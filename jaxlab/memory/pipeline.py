@@ -206,7 +206,7 @@ def append_to_bank(
     shard_references: int = SHARD_REFERENCES,
     report: Callable[[str], None] = print,
 ) -> range:
-    """Add those references of ``documents`` that the bank does not have; their row numbers.
+    """Add those references of ``documents`` that the bank does not have, once; their row numbers.
 
     ``cold``: texts and embeddings now, each memory when it is first read. One that was killed adds
     the rest when it is repeated. The bank's embedder stays as it was fitted. Raises BankError when
@@ -218,8 +218,10 @@ def append_to_bank(
     bank = Bank.open(url, identity=model.identity, write=True)
     embedder = bank.embedder(model_embed=model.embed_texts)
     stored = [_stored(references, row) for row in range(len(references))]
-    new = np.flatnonzero(~bank.has(stored))
-    encode = ReferenceEncoder(model) if len(new) and not cold else None
+    first = {one: row for row, one in reversed([*enumerate(stored)])}
+    had = bank.has(stored)
+    new = [row for row in sorted(first.values()) if not had[row]]
+    encode = ReferenceEncoder(model) if new and not cold else None
     before = bank.rows
     progress = Progress(report, f"bank {url}", len(new))
     for start in range(0, len(new), shard_references):

@@ -209,17 +209,15 @@ class BankReader(ShardAccess):
         wanted: dict[int, list[int]] = {}
         for place, mark in enumerate(marks.tolist()):
             wanted.setdefault(mark, []).append(place)
-        alive, found = self.alive(), np.zeros(len(references), bool)
-        for shard in self.shards:
-            there = _marks(self.array_of(shard, "lines"))
-            same = np.isin(there, marks)
-            if alive is not None:
-                same &= alive[shard.start : shard.start + shard.count]
-            inside = np.flatnonzero(same)
-            stored = self.references(inside + shard.start)
-            for mark, one in zip(there[inside].tolist(), stored, strict=True):
-                for place in wanted[mark]:
-                    found[place] |= references[place] == one
+        there, found = np.zeros(self.rows, np.uint64), np.zeros(len(references), bool)
+        tables = [(shard, self._start(shard, "lines", slice(None))) for shard in self.shards]
+        for shard, table in tables:
+            there[shard.start : shard.start + shard.count] = _marks(self._finish(shard, table))
+        alive, same = self.alive(), np.isin(there, marks)
+        rows = np.flatnonzero(same if alive is None else same & alive)
+        for mark, one in zip(there[rows].tolist(), self.references(rows), strict=True):
+            for place in wanted[mark]:
+                found[place] |= references[place] == one
         return found
 
     def sources(self) -> dict[str, int]:

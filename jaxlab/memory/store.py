@@ -60,6 +60,7 @@ from jaxlab.memory.verify import RepairReport, VerifyReport
 from jaxlab.memory.writing import ShardWriter
 
 SHARD_REFERENCES = 1024
+_LARGE = 64
 __all__ = [
     "Bank",
     "BankIdentity",
@@ -276,19 +277,27 @@ class Bank(ShardWriter):
         names, under which nothing can be committed any more: unlisted now, it is so for ever. What
         a later writer stores while this one deletes, is not among it.
         """
-        listed = {key for _, key, _ in header.objects()}
-        folders = {f"shards/{name}/" for name in self._names("shards/") - header.names}
-        alone = {f"{each}/{name}" for each in ALONE for name in self._names(f"{each}/")} - listed
+        folders, keys = self._rests(header)
         self._commit(replace(header, writer=_new_name()))
         # What cannot be deleted now goes when the bank is next opened for writing.
         with contextlib.suppress(BankError):
             for folder in folders:
                 delete_folder(self._kvstore, folder, url=self.url)
-            for key in alone:
+            for key in keys:
                 delete_object(self._kvstore, key, url=self.url)
 
-    def _names(self, folder: str) -> set[str]:
-        return list_folders(self._kvstore, folder, url=self.url)
+    def _rests(self, header: Header) -> tuple[set[str], set[str]]:
+        """Folders of shards, and keys, that lie there and that ``header`` does not list."""
+        # Each memory of a cold shard is an object, and to list them all takes long.
+        large = {each.name for each in header.shards if each.cold and each.count >= _LARGE}
+        shards = list_folders(self._kvstore, "shards/", url=self.url, without=large)
+        keys = {
+            f"{folder}/{name}"
+            for folder in ALONE
+            for name in list_folders(self._kvstore, f"{folder}/", url=self.url)
+        }
+        listed = {key for _, key, _ in header.objects()}
+        return {f"shards/{name}/" for name in shards - header.names}, keys - listed
 
     def _commit(self, header: Header) -> None:
         """Replace the header if it is still the one this bank knows."""

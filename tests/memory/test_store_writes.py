@@ -216,6 +216,36 @@ def test_a_writer_that_comes_at_any_step_of_clearing_keeps_what_it_commits(
     assert not files_of(tmp_path / "shards/000003-0ther")
 
 
+def test_what_lies_in_large_cold_shards_is_not_listed_and_rests_between_them_go(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "_LARGE", 2)
+    bank = Bank.create(tmp_path, spec=SPEC)
+    for seed, n in enumerate((3, 1, 2, 2, 4)):
+        memories, _, embeddings, references = contents(n, seed=seed)
+        rows = np.array(bank.append_cold(embeddings, references))
+        bank.warm(rows, memories)
+    before, told = files_of(tmp_path), told_all(bank)
+    for name in ("000000-", "000001-zzzzzzzz", "000002-", "000003-zzzzzzzz", "000004-zzzzzzzz"):
+        (tmp_path / "shards" / name).mkdir()
+        (tmp_path / "shards" / name / "kept").write_bytes(b"a rest")
+    large = {shard.name for shard in bank.shards if shard.count > 1}
+    kvstore, keys = bank._kvstore, []
+
+    class Told:
+        def list(self, part):
+            future = kvstore.list(part)
+            keys.extend(future.result())
+            return future
+
+    everything = objects.list_folders(kvstore, "shards/", url="")
+    found = objects.list_folders(Told(), "shards/", url="", without=large)
+    assert found == everything - large and len(everything) == 10
+    assert not [key for key in keys if key.decode().split("/")[1] in large]
+    after = Bank.open(tmp_path, write=True)
+    assert files_of(tmp_path) == before and told_all(after) == told and after.verify().ok
+
+
 def record():
     return store.IndexRecord("IVF16,SQ8", 5, 1, 1.0, "0" * 64)
 

@@ -183,6 +183,20 @@ def test_compacting_merges_cold_shards_once_they_are_encoded(tmp_path):
     assert bank.cold_rows().tolist() == [4, 5, 7]
 
 
+@pytest.mark.parametrize("encoded", [(), (0, 3), tuple(range(6))])
+def test_compacting_merges_many_small_additions_encoded_or_not(tmp_path, encoded):
+    bank = Bank.create(tmp_path, spec=SPEC)
+    memories, _, embeddings, references = contents(6)
+    for row in range(6):
+        bank.append_cold(embeddings[row : row + 1], references[row : row + 1])
+    bank.warm(np.array(encoded, np.int64), memories[list(encoded)])
+    before = told(bank)
+    assert bank.compact() == 1
+    after = Bank.open(tmp_path)
+    assert told(after) == before and [shard.count for shard in after.shards] == [6]
+    assert set(after.cold_rows()) == set(range(6)) - set(encoded) and after.verify().ok
+
+
 class Killed(BaseException):
     pass
 
@@ -319,6 +333,21 @@ def test_appending_adds_what_is_not_there_and_lives(tmp_path, monkeypatch):
     assert bits(bank.read(rows).memories) == bits(wanted.read(range(8)).memories)
     other = dataclasses.replace(documents[0], id="elsewhere")
     assert len(append_to_bank(small_model(), [other], url, **silent)) == 1
+
+
+def test_a_reference_that_is_given_twice_is_added_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(small_model()), "embed_texts", lambda self, texts: letters(texts))
+    write_small_bank(tmp_path, TEXTS[:2])
+    url, silent = str(tmp_path / "bank"), {"cold": True, "report": lambda _: None}
+    documents = [Document("notes", text) for text in (TEXTS[5], TEXTS[4], TEXTS[5], TEXTS[4])]
+    documents.append(Document("elsewhere", TEXTS[5]))
+    assert append_to_bank(small_model(), documents, url, **silent) == range(2, 5)
+    found = Bank.open(url).references(range(2, 5))
+    assert [(one.source, one.text) for one in found] == [
+        ("notes", TEXTS[5]),
+        ("notes", TEXTS[4]),
+        ("elsewhere", TEXTS[5]),
+    ]
 
 
 def test_a_reference_is_had_only_with_text_and_source(tmp_path):

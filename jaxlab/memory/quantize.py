@@ -7,7 +7,6 @@ codec serves all layers, heads, keys and values (spec, open point 9).
 """
 
 import functools
-import hashlib
 from typing import Any
 
 import faiss
@@ -87,20 +86,9 @@ class Codec:
         matrix = faiss.vector_to_array(rotation.A).reshape(rotation.d_out, rotation.d_in)
         return Codebook(*map(jnp.asarray, (_centroids(halves), _centroids(levels.pq), matrix)))
 
-    def relative_error(self, vectors: Float[np.ndarray, "*n H"]) -> float:
-        """Length of what the codec loses over the length of the vectors, over all of them."""
-        exact = np.asarray(vectors, np.float32)
-        lost = self.decode(self.encode(exact)) - exact
-        return float(np.linalg.norm(lost) / np.linalg.norm(exact))
-
     def to_bytes(self) -> bytes:
         """All of it, for :meth:`from_bytes`."""
         return faiss.serialize_index(self._index).tobytes()
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of :meth:`to_bytes`: codes belong to the codec that made them."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     @classmethod
     def from_bytes(cls, name: str, state: bytes) -> "Codec":

@@ -27,6 +27,7 @@ from jaxlab.memory.header import (
 )
 from jaxlab.memory.quantize import Codec
 from jaxlab.memory.shards import (
+    CHECKSUM_BYTES,
     REFERENCES,
     SOURCES,
     StoredReference,
@@ -161,12 +162,7 @@ class BankReader(ShardAccess):
 
     def cold_rows(self) -> Int[np.ndarray, " n"]:
         """The living rows whose memories have not been encoded yet."""
-        alive, out = self.alive(), np.zeros(self.rows, bool)
-        for shard in self.shards:
-            if shard.cold:
-                out[shard.start : shard.start + shard.count] = True
-                out[shard.start + self.encoded(shard)] = False
-        return np.flatnonzero(out if alive is None else out & alive)
+        return self._cold_rows(self._encoded())
 
     def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
         """The embeddings of all rows, in order, at once: deleted ones as well, zeros for lost."""
@@ -205,7 +201,7 @@ class BankReader(ShardAccess):
 
     def has(self, references: Sequence[StoredReference]) -> Bool[np.ndarray, " n"]:
         """Whether the bank holds each reference, alive; texts are read only where sums agree."""
-        marks = _marks(line_table(references))
+        marks = _marks(line_table([reference.to_line() for reference in references]))
         wanted: dict[int, list[int]] = {}
         for place, mark in enumerate(marks.tolist()):
             wanted.setdefault(mark, []).append(place)
@@ -259,13 +255,19 @@ class BankReader(ShardAccess):
         return Codec.from_bytes(self.spec.codec, self._checked(record))
 
     def stats(self) -> dict[str, Any]:
-        """Counts, sizes and settings, ready to print or to store as JSON."""
+        """Counts, sizes and settings, ready to print or to store as JSON.
+
+        ``bytes`` are those of the shards, with what cold ones have of memories by now.
+        """
         sizes = [file.bytes for shard in self.shards for file in shard.files.values()]
+        encoded = self._encoded()
+        lone = self.spec.bytes_per_reference + CHECKSUM_BYTES
+        sizes += [len(rows) * lone for _, rows in encoded]
         return {
             "url": self.url,
             "references": len(self),
             "rows": self.rows,
-            "cold": len(self.cold_rows()),
+            "cold": len(self._cold_rows(encoded)),
             "lost_shards": len(self.lost),
             "index": self.index_record and asdict(self.index_record),
             "shards": len(self.shards),
@@ -317,6 +319,19 @@ class BankReader(ShardAccess):
         if alive is not None and not alive[rows].all():
             row = int(rows[~alive[rows]][0])
             raise BankError(f"bank {self.url}: reference {row} was deleted")
+
+    def _encoded(self) -> list[tuple[Shard, Int[np.ndarray, " _"]]]:
+        """The cold shards, each with the rows within it whose memories are there."""
+        return [(shard, self.encoded(shard)) for shard in self.shards if shard.cold]
+
+    def _cold_rows(
+        self, encoded: list[tuple[Shard, Int[np.ndarray, " _"]]]
+    ) -> Int[np.ndarray, " n"]:
+        alive, out = self.alive(), np.zeros(self.rows, bool)
+        for shard, rows in encoded:
+            out[shard.start : shard.start + shard.count] = True
+            out[shard.start + rows] = False
+        return np.flatnonzero(out if alive is None else out & alive)
 
     def _by_shard(
         self, rows: Int[np.ndarray, " n"]

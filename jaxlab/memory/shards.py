@@ -86,7 +86,7 @@ def encode_shard(
     places = {source: place for place, source in enumerate(sources)}
     arrays = {
         **arrays,
-        "lines": line_table(references),
+        "lines": line_table(lines),
         "source": np.array([places[reference.source] for reference in references], np.int32),
     }
     objects = {}
@@ -102,9 +102,8 @@ def read_line(line: bytes, crc: int) -> StoredReference:
     return StoredReference.from_line(line)
 
 
-def line_table(references: Sequence[StoredReference]) -> np.ndarray:
+def line_table(lines: Sequence[bytes]) -> np.ndarray:
     """Start, length and CRC-32 of each line."""
-    lines = [reference.to_line() for reference in references]
     lengths = np.array([len(line) for line in lines], np.uint64)
     sums = np.array([zlib.crc32(line) for line in lines], np.uint64)
     return np.stack([np.cumsum(lengths) - lengths, lengths, sums], axis=1)
@@ -143,6 +142,7 @@ def lone_key(name: str, row: int, axes: int) -> str:
 
 # The checksum of each memory: one with a flipped bit is not read.
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+CHECKSUM_BYTES = 4
 
 
 def _encode(name: str, values: np.ndarray | None, spec: dict[str, Any]) -> dict[str, bytes]:

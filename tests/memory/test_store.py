@@ -268,10 +268,17 @@ def test_the_embedder_travels_with_the_bank_and_is_verified(tmp_path):
 
 
 def test_stats_are_plain_json(tmp_path):
-    stats = json.loads(json.dumps(written(tmp_path).stats()))
-    assert stats["references"] == 5 and stats["shards"] == 2
-    assert stats["bytes"] == sum(
-        p.stat().st_size for p in tmp_path.glob("shards/**/*") if p.is_file()
-    )
+    bank = written(tmp_path)
+    for encoded in range(3):
+        if encoded == 1:
+            memories, _, embeddings, references = contents(3, seed=7)
+            bank.append_cold(embeddings, references)
+        if encoded:
+            bank.warm(np.array([5, 7][:encoded]), memories[[0, 2][:encoded]])
+        stats = json.loads(json.dumps(bank.stats()))
+        assert stats["references"] == (8 if encoded else 5)
+        assert stats["shards"] == (3 if encoded else 2)
+        sizes = [p.stat().st_size for p in tmp_path.glob("shards/**/*") if p.is_file()]
+        assert stats["bytes"] == sum(sizes)
     assert stats["bytes_per_reference"] == 2 * 2 * 2 * 3 * 4 * 2
     assert stats["identity"]["model_hash"] == "m0del"

@@ -281,13 +281,13 @@ def die_at_object(count: int) -> None:
 
     write, written = writing.write_object, []
 
-    def writing(*arguments, **options):
+    def dying(*arguments, **options):
         written.append(True)
         if len(written) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(*arguments, **options)
 
-    writing.write_object = writing
+    writing.write_object = dying
 
 
 def small_shards(references: int) -> None:

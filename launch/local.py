@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.policy import Decision, judge
+from launch.policy import Decision, crashed, in_words, judge
 
 _LOOK_SECONDS = 0.05
+# So many crashes of one kind in a row are the program's own, and no trouble that passes.
+_SAME_CRASHES = 3
+_PLACE = ("JAXLAB_COORDINATOR", "JAXLAB_PROCESSES", "JAXLAB_PROCESS_ID")
 # What the others are given when one has ended, by how it ended: they can do nothing without it.
 _AFTER_FAILURE = 3.0
 _MOST_DELAY = 60.0
@@ -35,7 +38,8 @@ class Local:
     """A run of several processes here.
 
     devices: virtual CPU devices of each process; None: the machine's own devices. restarts: how
-    often in a row it is started again; a start that lasted ``healthy`` seconds begins a new row.
+    often in a row it is started again; a start that lasted ``healthy`` seconds begins a new row,
+    and one signal that the program sends itself (SIGABRT, SIGSEGV) ends a row after three.
     grace: seconds to save in after SIGTERM, and to end in when others are done. log_dir: a file for
     each worker there; None: lines go to stdout, with the worker's number.
     """
@@ -51,18 +55,19 @@ class Local:
 
 
 def worker_environment(run: Local, worker: int, address: str) -> dict[str, str]:
-    """What a worker finds in its environment beside what this process has."""
-    found = {
-        "JAXLAB_COORDINATOR": address,
-        "JAXLAB_PROCESSES": str(run.processes),
-        "JAXLAB_PROCESS_ID": str(worker),
-        **run.environment,
-    }
+    """What a worker finds in its environment beside what this process has.
+
+    One process joins nobody: between the devices of one process gloo mixes messages up.
+    """
+    several, found = run.processes > 1, dict(run.environment)
+    if several:
+        place = (address, str(run.processes), str(worker))
+        found = dict(zip(_PLACE, place, strict=True)) | found
     if run.devices is not None:
         found |= {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(run.devices),
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            **({"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"} if several else {}),
             # Devices that wait for each other need a thread each, and one program at a time.
             "NPROC": str(max(32, 4 * run.devices)),
             "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
@@ -103,18 +108,29 @@ class LocalLauncher:
                 signal.signal(number, handler)
 
     def _launch(self) -> int:
-        start, row = 0, 0
+        start, row, crashes = 0, 0, []
         while True:
             start += 1
             begun = self._clock()
             self._start(start)
-            verdict = judge(self._wait())
+            codes = self._wait()
+            verdict = judge(codes)
             self._workers.clear()  # their numbers are free for processes that are not ours
             told = f"told to stop ({signal.Signals(self._signal).name})" if self._signal else None
             self._say(f"[launch] start {start}: {told or verdict.decision.value}: {verdict.reason}")
             if verdict.decision is not Decision.AGAIN or self._signal is not None:
                 return verdict.code
-            row = 1 if self._clock() - begun >= self._run.healthy else row + 1
+            if self._clock() - begun >= self._run.healthy:
+                row, crashes = 0, []
+            row += 1
+            crashes.append(verdict.code if crashed(codes) else None)
+            if len(crashes) >= _SAME_CRASHES and set(crashes[-_SAME_CRASHES:]) == {verdict.code}:
+                self._say(
+                    f"[launch] given up: {in_words(verdict.code)} {_SAME_CRASHES} times in a row "
+                    f"without progress (each start lasted less than {self._run.healthy:g} s); "
+                    f"{self._log(verdict.worker)}"
+                )
+                return verdict.code
             if row > self._run.restarts:
                 self._say(
                     f"[launch] given up: {self._run.restarts} restarts in a row that lasted less "
@@ -133,11 +149,12 @@ class LocalLauncher:
         self._say(f"[launch] start {start}: processes {numbers}")
 
     def _spawn(self, worker: int, start: int, address: str) -> subprocess.Popen:
-        environment = os.environ | worker_environment(self._run, worker, address)
+        environment = {key: value for key, value in os.environ.items() if key not in _PLACE}
+        environment |= worker_environment(self._run, worker, address)
         environment.pop("XLA_FLAGS", None)  # it may count virtual devices, too
         output: Any = subprocess.PIPE
         if self._run.log_dir is not None:
-            output = open(self._run.log_dir / f"worker-{worker}.log", "ab")  # noqa: SIM115
+            output = open(self._log_file(worker), "ab")  # noqa: SIM115
             output.write(f"[launch] start {start}\n".encode())
             output.flush()
         child = subprocess.Popen(
@@ -154,6 +171,13 @@ class LocalLauncher:
         else:
             output.close()
         return child
+
+    def _log_file(self, worker: int) -> Path:
+        return self._run.log_dir / f"worker-{worker}.log"
+
+    def _log(self, worker: int | None) -> str:
+        """Where a worker's lines are."""
+        return "see above" if self._run.log_dir is None else f"the log is {self._log_file(worker)}"
 
     def _pump(self, worker: int, child: subprocess.Popen) -> None:
         for line in child.stdout:

@@ -21,6 +21,8 @@ MEANINGS = {
 STOP = (1, 2, 3, 130)
 AGAIN = (75, 76, 77)
 _SIGINT = 2
+# Which a program gets for what itself does: ILL, ABRT, BUS, FPE, SEGV.
+_OWN_SIGNALS = (4, 6, 7, 8, 11)
 # The codes of ends that may pass, for who is to be given a list: signals but SIGINT, too.
 PASSING = (*AGAIN, 129, *range(131, 160))
 
@@ -35,11 +37,12 @@ class Decision(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A decision, the exit code that it is told with, and why, in words."""
+    """A decision, the exit code that it is told with, and why, in words; whose code it is."""
 
     decision: Decision
     code: int
     reason: str
+    worker: int | None = None
 
 
 def judge(codes: Mapping[int, int]) -> Verdict:
@@ -52,14 +55,21 @@ def judge(codes: Mapping[int, int]) -> Verdict:
         raise ValueError("no worker ended by itself")
     for worker, code in sorted(codes.items()):
         if not _passes(code):
-            return Verdict(Decision.STOP, _as_code(code), f"worker {worker}: {in_words(code)}")
+            reason = f"worker {worker}: {in_words(code)}"
+            return Verdict(Decision.STOP, _as_code(code), reason, worker)
     ended = [(worker, code) for worker, code in sorted(codes.items()) if code]
     if not ended:
         return Verdict(Decision.DONE, 0, "all workers are done")
     # Who was killed or hung is the cause; who lost a partner or was asked to save is not.
     order = {77: 2, 75: 1}
     worker, code = min(ended, key=lambda one: order.get(one[1], 0))
-    return Verdict(Decision.AGAIN, _as_code(code), f"worker {worker}: {in_words(code)}")
+    return Verdict(Decision.AGAIN, _as_code(code), f"worker {worker}: {in_words(code)}", worker)
+
+
+def crashed(codes: Mapping[int, int]) -> bool:
+    """Whether all that ended did so by one signal of their own doing, or for want of a partner."""
+    ends = {_as_code(code) for code in codes.values()} - {77}
+    return len(ends) == 1 and ends <= {128 + number for number in _OWN_SIGNALS}
 
 
 def in_words(code: int) -> str:

@@ -75,6 +75,34 @@ def test_restarts_in_a_row_are_counted_and_then_given_up(tmp_path):
     assert said[-1].startswith("[launch] given up: 2 restarts in a row that lasted less than 600 s")
 
 
+def test_one_crash_again_and_again_is_given_up_soon_with_its_log(tmp_path):
+    logs = tmp_path / "logs"
+    abort = "if me: os.abort()\ntime.sleep(600)"
+    code, said = launch(tmp_path, abort, log_dir=logs)
+    assert code == 134 and starts_of(tmp_path) == 3
+    assert said[-1] == (
+        "[launch] given up: ended by signal 6 3 times in a row without progress (each start lasted "
+        f"less than 600 s); the log is {logs / 'worker-1.log'}"
+    )
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        # By another signal in between, killed from outside, and after long enough.
+        ("os.kill(os.getpid(), 11 if starts % 2 else 6)", {}),
+        ("os.kill(os.getpid(), 9)", {}),
+        ("os.abort()", {"healthy": 0.0}),
+    ],
+)
+def test_ends_that_may_pass_have_all_their_restarts(tmp_path, ends):
+    code, options = ends
+    ended, said = launch(
+        tmp_path, f"if starts == 4: sys.exit(0)\n{code}", processes=2, restarts=4, **options
+    )
+    assert ended == 0 and starts_of(tmp_path) == 5, said
+
+
 def test_a_start_that_lasted_begins_a_new_row(tmp_path):
     code, _ = launch(tmp_path, "sys.exit(77 if starts < 4 else 0)", restarts=1, healthy=0.0)
     assert code == 0 and starts_of(tmp_path) == 5
@@ -104,6 +132,18 @@ def test_the_machines_own_devices_are_left_alone_where_none_are_asked_for():
         "JAXLAB_PROCESSES": "2",
         "JAXLAB_PROCESS_ID": "1",
     }
+
+
+def test_one_process_joins_nobody(monkeypatch, tmp_path):
+    """Neither by what it is given nor by what was there already."""
+    monkeypatch.setenv("JAXLAB_COORDINATOR", "h:1")
+    script = "import os; print(*sorted(k for k in os.environ if k.startswith('JAX')))"
+    said = []
+    run = Local((sys.executable, "-c", script), processes=1, devices=2)
+    assert LocalLauncher(run, say=said.append).launch() == 0
+    found = said[1].removeprefix("[worker 0] ").split()
+    assert "JAX_NUM_CPU_DEVICES" in found and "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in found
+    assert not [name for name in found if name.startswith("JAXLAB")]
 
 
 def launcher_of(folder: Path, code: str) -> subprocess.Popen:

@@ -5,7 +5,7 @@ import pytest
 from jaxlab.errors import ConfigError, Interrupted, Preempted, WorkerError
 from jaxlab.training.guards import NotFiniteError
 from jaxlab.training.watchdog import EXIT_CODE
-from launch.policy import AGAIN, MEANINGS, STOP, Decision, in_words, judge
+from launch.policy import AGAIN, MEANINGS, STOP, Decision, crashed, in_words, judge
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,22 @@ def test_the_codes_are_those_of_the_program():
     assert {ConfigError.exit_code, NotFiniteError.exit_code, Interrupted.exit_code} < set(STOP)
     assert set(MEANINGS) == {0, *STOP, *AGAIN}
     assert in_words(77).endswith("(exit code 77)")
+
+
+@pytest.mark.parametrize(
+    ("codes", "own"),
+    [
+        ({0: -6}, True),
+        ({0: 77, 1: 139}, True),
+        ({0: -6, 1: -11}, False),
+        ({0: -6, 1: -9}, False),  # that aborted because the other was killed
+        ({0: -9}, False),
+        ({0: -15}, False),
+        ({0: 77}, False),
+    ],
+)
+def test_a_crash_is_a_signal_of_ones_own_doing_and_the_only_end(codes, own):
+    assert crashed(codes) is own
 
 
 def test_a_verdict_needs_a_worker_that_ended_by_itself():

@@ -14,7 +14,7 @@ import pytest
 
 from jaxlab.memory.store import Bank
 from jaxlab.training.metrics import read_metrics
-from launch.local import Local, LocalLauncher
+from launch.local import Local, LocalLauncher, free_address
 from tests.integration.tiny_run import CONFIG, end_state, locked, numbers, pages, shared_folder
 
 # Sums over devices come in another order, and two stages of two and three steps carry it on.
@@ -144,7 +144,12 @@ def test_a_worker_that_never_came_is_named_within_the_timeout(folder):
         (sys.executable, "-m", "jaxlab.cli", "train", str(folder / "tiny.yaml"), "--out", "none"),
         processes=1,
         restarts=0,
-        environment={"JAXLAB_PROCESSES": "2", "JAXLAB_START_TIMEOUT": "2"},
+        environment={
+            "JAXLAB_COORDINATOR": free_address(),
+            "JAXLAB_PROCESSES": "2",
+            "JAXLAB_PROCESS_ID": "0",
+            "JAXLAB_START_TIMEOUT": "2",
+        },
     )
     said = []
     assert LocalLauncher(run, say=said.append).launch() == 77

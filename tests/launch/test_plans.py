@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxlab.config import load_config
 from launch import pod, slurm
 from launch.accelerators import accelerator
 from launch.plan import Command, EnvironmentFile, LaunchError, Plan, carry_out, read_environment
@@ -233,6 +234,9 @@ def test_files_that_differ_from_the_commit_are_not_run_without_a_word(tmp_path, 
     assert len(pod._commit(allow_dirty=True)) == 40
 
 
+GIVEN = {"ZONE": "z", "RUNS": "/mnt/runs", "DATA": "/mnt/text", "TOKENIZER": "/mnt/t.model"}
+
+
 @pytest.mark.parametrize("script", sorted(Path("launch").glob("*.sh")), ids=lambda p: p.name)
 def test_the_scripts_are_plans_that_can_be_made(script, capsys):
     """What a script passes on, with a zone and dry, makes a plan."""
@@ -240,10 +244,31 @@ def test_the_scripts_are_plans_that_can_be_made(script, capsys):
         ["bash", script, "--dry-run"],
         capture_output=True,
         text=True,
-        env={**os.environ, "ZONE": "z", "RUNS": "/mnt/runs", "ALLOW_DIRTY": "--allow-dirty"},
+        env={**os.environ, **GIVEN, "ALLOW_DIRTY": "--allow-dirty"},
     )
     assert ended.returncode == 0, ended.stderr
-    assert "jaxlab train configs/" in ended.stdout
+    command = re.search(r"jaxlab train (configs/\S+) .*?--set((?: [\w.]+=[^\s;']+)+)", ended.stdout)
+    # What the configuration leaves open is told, in words that a configuration takes.
+    config = load_config(command[1], command[2].split())
+    if "memory3" in script.name:
+        assert config.data.source == GIVEN["DATA"]
+        assert config.tokenizer.path == GIVEN["TOKENIZER"]
+
+
+@pytest.mark.parametrize("name", ["ZONE", "RUNS", "DATA", "TOKENIZER"])
+@pytest.mark.parametrize("kind", ["v5e256", "v5p128"])
+def test_a_script_that_lacks_something_says_what_and_does_nothing(kind, name, tmp_path):
+    fake(tmp_path, "python", f"touch {tmp_path}/ran")
+    given = {key: value for key, value in GIVEN.items() if key != name}
+    ended = subprocess.run(
+        ["sh", f"launch/train_memory3_2b_{kind}.sh"],
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **given},
+    )
+    assert ended.returncode and not (tmp_path / "ran").exists()
+    (line,) = ended.stderr.splitlines()
+    assert f"{name}: " in line
 
 
 RECIPES = Path(__file__).parents[2] / "docs" / "howto" / "launch.md"

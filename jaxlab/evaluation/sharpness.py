@@ -27,7 +27,7 @@ from jaxlab.config import load_config
 from jaxlab.errors import CheckpointError, ConfigError
 from jaxlab.evaluation.problems import Batches, LossFn, Problem, language_problem
 from jaxlab.training.checkpoint import split_location
-from jaxlab.training.loop import CONFIG_FILE
+from jaxlab.training.folder import CONFIG_FILE
 
 ONE_BATCH: Batches = ((),)
 # What is looked at if nothing is said.

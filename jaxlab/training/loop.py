@@ -33,6 +33,7 @@ from jaxlab.training.corpus import (
     prepare_neighbourhood,
     stage_sources,
 )
+from jaxlab.training.folder import CONFIG_FILE, refuse_other_workload
 from jaxlab.training.goodput import FILE, Goodput
 from jaxlab.training.guards import InterruptGuard, divergence_advice
 from jaxlab.training.metrics import (
@@ -46,8 +47,6 @@ from jaxlab.training.state import TrainState, start_state
 from jaxlab.training.step import compile_loss
 from jaxlab.training.steps import Recorder, run_steps
 from jaxlab.training.watchdog import Watchdog
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +92,8 @@ def train(
 ) -> TrainResult:
     """Run the stages of ``config`` in the directory ``run``; goes on where a former call stopped.
 
-    Raises JaxlabError for a corpus, tokenizer or checkpoint that cannot be used, before or after
-    any step, never in the middle of a save.
+    Raises JaxlabError for a folder, corpus, tokenizer or checkpoint that cannot be used, before
+    or after any step, never in the middle of a save.
     """
     if "://" in str(run):
         raise ConfigError(
@@ -102,6 +101,7 @@ def train(
             "bucket and give the folder"
         )
     run, report = Path(run), reporter(report)
+    refuse_other_workload(config, run)
     with Watchdog(config.training.hang_seconds, run) as watchdog:
         goodput = Goodput(run / FILE if leads() else None, beat=watchdog.beat, report=report)
         return _train(config, run, goodput, report)

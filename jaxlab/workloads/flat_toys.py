@@ -22,7 +22,8 @@ from jaxlab.config import save_yaml
 from jaxlab.optim import average_sam, refresh_flat_mask, sam, scale_flat_directions
 from jaxlab.tools.output import machine, write_json
 from jaxlab.tools.plots import plot_collapse, plot_paths
-from jaxlab.training.loop import CONFIG_FILE, TrainResult
+from jaxlab.training.folder import CONFIG_FILE, refuse_other_workload
+from jaxlab.training.loop import TrainResult
 from jaxlab.workloads.flat_toys_config import FlatToysConfig
 
 KAPPAS = (0.0, 90.0, 900.0, 9000.0)
@@ -229,8 +230,12 @@ def run_flat_toys(out: Path) -> dict[str, Any]:
 def train_flat_toys(
     config: FlatToysConfig, run: str | Path, *, report: Callable[[str], None] = print
 ) -> TrainResult:
-    """Run all problems into the directory ``run`` and tell what came out."""
+    """Run all problems into the directory ``run`` and tell what came out.
+
+    Raises CheckpointError for a directory that holds a run of another workload.
+    """
     run = Path(run)
+    refuse_other_workload(config, run)
     result = run_flat_toys(run)
     save_yaml(config, run / CONFIG_FILE)
     for row in result["descent"]:

@@ -21,9 +21,10 @@ from jaxlab.models.vision import PRESETS, VisionModel
 from jaxlab.optim.factory import make_optimizer
 from jaxlab.optim.schedules import make_schedule
 from jaxlab.training.checkpoint import Checkpoints, read_weights, split_location
+from jaxlab.training.folder import CONFIG_FILE, refuse_other_workload
 from jaxlab.training.goodput import FILE, Goodput
 from jaxlab.training.guards import InterruptGuard, divergence_advice
-from jaxlab.training.loop import CONFIG_FILE, TrainResult
+from jaxlab.training.loop import TrainResult
 from jaxlab.training.metrics import MetricsWriter
 from jaxlab.training.steps import Recorder, run_steps
 from jaxlab.training.watchdog import Watchdog
@@ -88,10 +89,11 @@ def train_vision(
 ) -> TrainResult:
     """Train in the directory ``run``; goes on where a former call stopped.
 
-    Raises JaxlabError for images or checkpoints that cannot be used and for a loss that is not
-    finite.
+    Raises JaxlabError for a folder, images or checkpoints that cannot be used and for a loss
+    that is not finite.
     """
     run = Path(run)
+    refuse_other_workload(config, run)
     with Watchdog(config.training.hang_seconds, run) as watchdog:
         goodput = Goodput(run / FILE, beat=watchdog.beat, report=report)
         return _train(config, run, goodput, report)

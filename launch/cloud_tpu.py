@@ -48,8 +48,19 @@ class Pod:
         return (*command, f"{self.name}:{target}", *self.place, "--node=all", "--worker=all")
 
 
-def create(pod: Pod, chips: Accelerator, *, tier: str, labels: Mapping[str, str]) -> Plan:
-    """Ask for the chips. tier: ``spot``, ``reserved`` or ``on-demand``."""
+def create(
+    pod: Pod,
+    chips: Accelerator,
+    *,
+    tier: str,
+    labels: Mapping[str, str],
+    startup_script: str | None = None,
+) -> Plan:
+    """Ask for the chips. tier: ``spot``, ``reserved`` or ``on-demand``.
+
+    startup_script: a file here that every worker runs as root whenever it boots, to mount the file
+    system of the runs.
+    """
     options = [*chips.options, f"--runtime-version={chips.names.runtime}"]
     if chips.where.slices > 1:
         options += [f"--node-count={chips.where.slices}", f"--node-prefix={pod.name}"]
@@ -58,6 +69,8 @@ def create(pod: Pod, chips: Accelerator, *, tier: str, labels: Mapping[str, str]
     options += [] if tier == "on-demand" else [f"--{tier}"]
     if labels:
         options.append("--labels=" + ",".join(f"{k}={v}" for k, v in sorted(labels.items())))
+    if startup_script is not None:
+        options.append(f"--metadata-from-file=startup-script={startup_script}")
     command = Command(
         "ask for the chips; they come when there are any", pod.gcloud("create", *options)
     )
@@ -92,6 +105,9 @@ def run(
         Command(
             "unpack and install it there",
             pod.on_all(
+                # What mounts the folder of the runs may not be through, on a machine just booted.
+                "while [ $(systemctl is-active google-startup-scripts) = activating ]; "
+                "do sleep 2; done; "
                 f"rm -rf {FOLDER} && mkdir {FOLDER} && tar -xzf jaxlab.tar.gz -C {FOLDER} && "
                 # uv, because the images' own Python may be older than is needed.
                 f"cd {FOLDER} && python3 -m pip install -q --user uv && UV=~/.local/bin/uv && "

@@ -91,6 +91,8 @@ def _pod_commands(commands) -> None:
             _accelerator_options(each)
             each.add_argument("--tier", choices=_TIERS, default="on-demand", help="(on-demand)")
             each.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
+            text = "what every worker runs as root when it boots, to mount the folder of the runs"
+            each.add_argument("--startup-script", metavar="FILE", help=text)
         if name in ("run", "watch"):
             text = "run the last commit although files differ from it"
             each.add_argument("--allow-dirty", action="store_true", help=text)
@@ -158,10 +160,32 @@ def _pairs(option: str, given: Sequence[str], form: str) -> dict[str, str]:
 def _creation(arguments: argparse.Namespace) -> Plan:
     labels = _pairs("--label", arguments.label, "KEY=VALUE")
     chips = accelerator(arguments.accelerator, arguments.slices)
-    return cloud_tpu.create(_pod(arguments), chips, tier=arguments.tier, labels=labels)
+    script = arguments.startup_script
+    if script is not None and ("," in script or not Path(script).is_file()):
+        raise LaunchError(
+            f"--startup-script {script}: there is no such file, or a comma in its name"
+        )
+    return cloud_tpu.create(
+        _pod(arguments), chips, tier=arguments.tier, labels=labels, startup_script=script
+    )
+
+
+def _check_out(command: Sequence[str], why: str) -> None:
+    """Raise LaunchError for an ``--out`` that is not where all workers find it again."""
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        out = following if word == "--out" else word.partition("--out=")[2]
+        if out and not out.startswith("/") and "://" not in out:
+            raise LaunchError(
+                f"--out {out}: {why}; give the whole path of a folder that all workers share, such "
+                "as /mnt/runs/a"
+            )
+
+
+_NEXT_RUN = f"lies in ~/{cloud_tpu.FOLDER} of each worker, which the next run removes"
 
 
 def _start(arguments: argparse.Namespace) -> Plan:
+    _check_out(arguments.command, _NEXT_RUN)
     plain, secrets = _environment(arguments)
     commit = _commit(allow_dirty=arguments.allow_dirty)
     return cloud_tpu.run(
@@ -205,6 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace) -> int:
     if arguments.env:
         raise LaunchError("--env: the variables are those of the last run; use run to change them")
+    _check_out(arguments.command, _NEXT_RUN)
     return _do(cloud_tpu.start(_pod(arguments), arguments.command), arguments)
 
 
@@ -241,6 +266,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _gke(arguments: argparse.Namespace) -> int:
+    _check_out(arguments.command, "lies in the container, and ends with it")
     plain, secrets = read_environment(arguments.env)
     name = check_name("--name", arguments.name)
     chips = accelerator(arguments.accelerator, arguments.slices)

@@ -20,11 +20,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TRAIN = "-- jaxlab train configs/memory3_2b.yaml --out /mnt/runs/a --set name=it\\'s"
 PLANS = {
     "create": "create --name a-run --zone us-east5-a --accelerator v5p-128 --tier spot "
-    "--project lab --label team=memory",
+    "--project lab --label team=memory --startup-script examples/mount_runs.sh",
     "create_shape": "create --name a-run --zone us-west4-a --accelerator v5p:2x2x16",
     "create_slices": "create --name a-run --zone us-west4-a --accelerator v5e:16x16 --slices 4",
     "run": f"run --name a-run --zone us-east5-a --env WANDB_API_KEY --env TZ=UTC {TRAIN}",
-    "watch": f"watch --name a-run --zone us-east5-a --accelerator v6e-64 --tier spot {TRAIN}",
+    "watch": f"watch --name a-run --zone us-east5-a --accelerator v6e-64 --tier spot "
+    f"--startup-script examples/mount_runs.sh {TRAIN}",
     "resume": f"resume --name a-run --zone us-east5-a {TRAIN}",
     "logs": "logs --name a-run --zone us-east5-a --lines 5",
     "delete": "delete --name a-run --zone us-east5-a",
@@ -175,6 +176,20 @@ def test_the_file_with_secrets_is_its_owners_alone(tmp_path):
         (
             f"run --name a --zone z --env WANDB_API_KEY=abc {TRAIN}",
             "--env WANDB_API_KEY: a secret is not written into a command; export it and give",
+        ),
+        (
+            "create --name a --zone z --accelerator v5p-8 --startup-script no.sh",
+            "--startup-script no.sh: there is no such file",
+        ),
+        *(
+            (f"{words} -- jaxlab train c {out}", f"--out runs/a: {why}")
+            for words, why in (
+                ("run --name a --zone z", "lies in ~/jaxlab-code of each worker"),
+                ("watch --name a --zone z --accelerator v5p-8", "lies in ~/jaxlab-code"),
+                ("resume --name a --zone z", "lies in ~/jaxlab-code"),
+                ("gke --name a --image i --accelerator v6e-8", "lies in the container"),
+            )
+            for out in ("--out runs/a", "--out=runs/a")
         ),
         (f"run --name a --zone z --env 1x=2 {TRAIN}", "--env 1x: is no name of a variable"),
         ("run --name a --zone z", "nothing to run: give the command behind --"),

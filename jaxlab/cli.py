@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_cpu()  # The commands import jax, which then looks for its devices.
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser().parse_args(argv)
-    arguments.again = shlex.join(["jaxlab", *argv])
+    # A launcher says how the run is started again: its workers alone would lack each other.
+    arguments.again = os.environ.get("JAXLAB_AGAIN") or shlex.join(["jaxlab", *argv])
     if not arguments.together:
         return _run(arguments)
     from jaxlab.sharding.multihost import joined, leave

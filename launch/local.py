@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.plan import LaunchError
 from launch.policy import Decision, crashed, in_words, judge
 
 _LOOK_SECONDS = 0.05
@@ -41,7 +43,8 @@ class Local:
     often in a row it is started again; a start that lasted ``healthy`` seconds begins a new row,
     and one signal that the program sends itself (SIGABRT, SIGSEGV) ends a row after three.
     grace: seconds to save in after SIGTERM, and to end in when others are done. log_dir: a file for
-    each worker there; None: lines go to stdout, with the worker's number.
+    each worker there; None: lines go to stdout, with the worker's number. again: what a worker
+    tells its user to start the run with again.
     """
 
     command: Sequence[str]
@@ -51,6 +54,7 @@ class Local:
     healthy: float = 600.0
     grace: float = 60.0
     log_dir: Path | None = None
+    again: str | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -73,6 +77,19 @@ def worker_environment(run: Local, worker: int, address: str) -> dict[str, str]:
             "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         }
     return found
+
+
+def find_program(name: str, path: str) -> str:
+    """The file of a program: beside this Python, where a venv has its own, or on the path.
+
+    Raises LaunchError when there is none.
+    """
+    folder = str(Path(sys.executable).parent)
+    if found := shutil.which(name, path=os.pathsep.join((folder, path))):
+        return found
+    raise LaunchError(
+        f"{name}: no such program in {folder} nor on the PATH; install it there, or give its path"
+    )
 
 
 def free_address() -> str:
@@ -118,6 +135,10 @@ class LocalLauncher:
             self._workers.clear()  # their numbers are free for processes that are not ours
             told = f"told to stop ({signal.Signals(self._signal).name})" if self._signal else None
             self._say(f"[launch] start {start}: {told or verdict.decision.value}: {verdict.reason}")
+            if self._run.log_dir is not None and verdict.worker is not None:
+                log = self._log_file(verdict.worker)
+                *_, last = log.read_text(errors="replace").splitlines()
+                self._say(f"[launch] {log}: {last}")
             if verdict.decision is not Decision.AGAIN or self._signal is not None:
                 return verdict.code
             if self._clock() - begun >= self._run.healthy:
@@ -151,6 +172,8 @@ class LocalLauncher:
     def _spawn(self, worker: int, start: int, address: str) -> subprocess.Popen:
         environment = {key: value for key, value in os.environ.items() if key not in _PLACE}
         environment |= worker_environment(self._run, worker, address)
+        if self._run.again is not None:
+            environment["JAXLAB_AGAIN"] = self._run.again
         environment.pop("XLA_FLAGS", None)  # it may count virtual devices, too
         output: Any = subprocess.PIPE
         if self._run.log_dir is not None:

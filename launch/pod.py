@@ -4,6 +4,8 @@ Every command first makes a plan; with ``--dry-run`` it is printed and nothing i
 """
 
 import argparse
+import dataclasses
+import os
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 from launch import cloud_tpu, gke, slurm
 from launch.accelerators import accelerator
 from launch.cloud_tpu import Pod
-from launch.local import Local, LocalLauncher, worker_environment
+from launch.local import Local, LocalLauncher, find_program, worker_environment
 from launch.plan import LaunchError, Plan, carry_out, check_name, check_set, read_environment
 from launch.watch import Watched, Watcher
 
@@ -27,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = given.index("--") if "--" in given else len(given)
     arguments = _parser().parse_args(given[:at])
     arguments.command = given[at + 1 :]
+    arguments.again = shlex.join(("python", "-m", "launch.pod", *given))
     try:
         if arguments.needs_command and not arguments.command:
             raise LaunchError(
@@ -313,10 +316,13 @@ def _local(arguments: argparse.Namespace) -> int:
         healthy=arguments.healthy,
         grace=arguments.grace,
         log_dir=arguments.log_dir,
+        again=arguments.again,
         environment=plain,
     )
     if not arguments.dry_run:
-        return LocalLauncher(run).launch()
+        program, *words = run.command
+        program = find_program(program, plain.get("PATH", os.environ.get("PATH", os.defpath)))
+        return LocalLauncher(dataclasses.replace(run, command=(program, *words))).launch()
     print(f"# {run.processes} processes on this machine, at most {run.restarts} restarts in a row")
     for worker in range(run.processes):
         words = worker_environment(run, worker, "127.0.0.1:PORT").items()

@@ -36,10 +36,11 @@ def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
         sizes[sizes.index(-1)] = devices // given
     if math.prod(sizes) != devices:
         asked = ", ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
-        raise ConfigError(
-            f"mesh: {asked} does not divide {devices} devices: the four must multiply to "
-            f"{devices}; set one of them to -1 to take what the others leave"
-        )
+        if -1 in sizes:
+            cure = f"those but the -1 must multiply to a divisor of {devices}, and are {given}"
+        else:
+            cure = f"the four must multiply to {devices}; set one to -1 to take what is left"
+        raise ConfigError(f"mesh: {asked} does not divide {devices} devices: {cure}")
     return tuple(sizes)
 
 
@@ -79,10 +80,14 @@ def check_model_fits(mesh: Mesh | AbstractMesh, model: ModelConfig) -> None:
     ):
         parts = parts_of(mesh, name)
         if size % parts:
-            fitting = [n for n in range(1, parts + 1) if size % n == 0]
+            fitting = [n for n in range(1, parts) if size % n == 0 == mesh.size % n]
+            cure = ""
+            if RULES[name] == "fsdp" and parts % (most := fitting[-1]) == 0:
+                data = mesh.shape["data"] * parts // most
+                cure = f"; such as mesh.data={data} mesh.fsdp={most}"
             raise ConfigError(
-                f"mesh.{RULES[name]}: {parts} does not divide model.{key} ({size}); of the "
-                f"sizes up to {parts} these do: {', '.join(map(str, fitting))}"
+                f"mesh.{RULES[name]}: {parts} does not divide model.{key} ({size}); of what "
+                f"divides {mesh.size} devices these do: {', '.join(map(str, fitting))}{cure}"
             )
 
 

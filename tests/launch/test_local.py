@@ -121,6 +121,41 @@ def test_logs_go_to_a_file_for_each_worker(tmp_path):
         assert lines == ["[launch] start 1", f"hello {worker} 127.0.0.1"]
 
 
+def test_how_it_ended_names_the_log_and_its_last_line(tmp_path):
+    logs = tmp_path / "logs"
+    code, said = launch(tmp_path, "if me: sys.exit('error: no')\ntime.sleep(600)", log_dir=logs)
+    assert code == 1 and said[-1] == f"[launch] {logs / 'worker-1.log'}: error: no"
+
+
+def pod_local(*words: str) -> subprocess.CompletedProcess:
+    """The launcher of a shell in which no environment is activated."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.pod", "local", "--processes", "1", *words],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "."},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_a_program_beside_this_python_needs_no_activated_environment():
+    ended = pod_local("--", "pytest", "--version")
+    assert ended.returncode == 0 and "[worker 0] pytest " in ended.stdout
+
+
+def test_a_program_that_is_nowhere_is_one_line_and_nothing_starts():
+    ended = pod_local("--", "no-such-program")
+    assert ended.returncode == 1 and not ended.stdout
+    assert ended.stderr.startswith("error: no-such-program: no such program in ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_worker_is_told_what_starts_all_again():
+    ended = pod_local("--env", "A=b c", "--", "sh", "-c", "echo $JAXLAB_AGAIN")
+    again = "local --processes 1 --env 'A=b c' -- sh -c 'echo $JAXLAB_AGAIN'"
+    assert f"[worker 0] python -m launch.pod {again}\n" in ended.stdout
+
+
 def test_the_pause_grows_to_a_minute():
     assert [delay(row) for row in (1, 2, 3, 5, 20)] == [0, 1, 2, 8, 60]
 

@@ -1,6 +1,7 @@
 """Meshes that can be and that cannot, and where each parameter of the papers' models lies."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -50,6 +51,18 @@ def test_a_mesh_that_does_not_divide_the_devices_names_its_sizes(settings):
         mesh_sizes(MeshConfig(**settings), 8)
 
 
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"tensor": 3}, r"those but the -1 must multiply to a divisor of 8, and are 3$"),
+        ({"fsdp": 4}, r"the four must multiply to 8; set one to -1"),
+    ],
+)
+def test_who_has_set_a_size_free_is_not_told_to(settings, cure):
+    with pytest.raises(ConfigError, match=cure):
+        mesh_sizes(MeshConfig(**settings), 8)
+
+
 def test_only_one_axis_may_be_free_and_none_is_empty():
     for settings in ({"data": -1}, {"tensor": 0}):
         with pytest.raises(Exception, match="-1"):
@@ -61,15 +74,28 @@ def test_only_one_axis_may_be_free_and_none_is_empty():
     [
         (
             (1, 1, 1, 16),
-            r"^mesh.tensor: 16 does not divide model.heads \(40\); .* 1, 2, 4, 5, 8, 10",
+            r"^mesh.tensor: 16 does not divide model.heads \(40\); .* 16 devices .*: 1, 2, 4, 8$",
         ),
-        ((1, 1, 1, 5), r"^mesh.tensor: 5 does not divide model.kv_heads \(8\); .* 1, 2, 4$"),
-        ((1, 1, 256, 1), r"^mesh.fsdp: 256 does not divide model.width \(3200\); .* 100, 128, 160"),
+        ((1, 1, 1, 20), r"^mesh.tensor: 20 does not divide model.kv_heads \(8\); .*: 1, 2, 4$"),
+        (
+            (1, 1, 256, 1),
+            r"^mesh.fsdp: 256 does not divide model.width \(3200\); of what divides 256 devices "
+            r"these do: 1, 2, 4, 8, 16, 32, 64, 128; such as mesh.data=2 mesh.fsdp=128$",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model_says_what_would(sizes, message):
     with pytest.raises(ConfigError, match=message):
         check_model_fits(mesh_of(sizes), ModelConfig(**PRESETS["memory3-2b"]))
+
+
+def test_the_mesh_that_is_proposed_fits():
+    model = ModelConfig(**PRESETS["memory3-2b"])
+    with pytest.raises(ConfigError) as found:
+        check_model_fits(mesh_of((1, 2, 512, 1)), model)
+    proposed = str(found.value).partition("such as ")[2]
+    sizes = {key: int(n) for key, n in re.findall(r"mesh\.(\w+)=(\d+)", proposed)}
+    check_model_fits(mesh_of(mesh_sizes(MeshConfig(**sizes), 1024)), model)
 
 
 def test_rows_that_do_not_spread_are_an_error_that_names_the_stage():

@@ -129,6 +129,7 @@ def _train(
             neighbourhood = leader_first(prepare)
         mesh = run_mesh(config)
         state, position = _start(config, corpus.tokenizer, mesh, checkpoints, report=report)
+    goodput.sign_of_life()
     written = MetricsWriter(run) if leads() else NoMetrics()
     with written as metrics, InterruptGuard() as guard, jax.set_mesh(mesh):
         shared = _Run(

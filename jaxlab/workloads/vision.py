@@ -115,6 +115,7 @@ def _train(
         )
         save_yaml(config, run / CONFIG_FILE)
         state, position = _start(config, model, checkpoints)
+    goodput.sign_of_life()
     if position["step"]:
         report(f"resuming at step {position['step']}")
     with MetricsWriter(run) as metrics, InterruptGuard() as guard:

@@ -68,6 +68,28 @@ def test_a_killed_start_loses_the_steps_after_its_last_save_and_the_time_until_t
     assert second.summary().startswith("goodput 0.51; seconds of 2 starts: step 41.0, save 2.0")
 
 
+def test_a_start_that_dies_before_its_first_step_counts_with_its_time(tmp_path):
+    clock, file = Clocks(), tmp_path / "goodput.json"
+    first = start(file, clock)
+    spend(first, clock, "step", 5)
+    first.saved()
+    for number in (2, 3):
+        clock.now += 10
+        dies = start(file, clock)
+        assert json.loads(file.read_text())["starts"] == dies.starts == number
+        with pytest.raises(RuntimeError), dies.measure("init"):
+            clock.now += 3
+            raise RuntimeError
+    seconds = start(file, clock).seconds()
+    assert (seconds["init"], seconds["down"], seconds["step"], seconds["lost"]) == (6, 20, 5, 0)
+
+
+def test_a_run_that_cannot_begin_leaves_no_file(tmp_path):
+    clock, file = Clocks(), tmp_path / "goodput.json"
+    spend(start(file, clock), clock, "init", 3)
+    assert not file.exists()
+
+
 def test_a_start_that_ends_by_itself_loses_nothing(tmp_path):
     clock, file = Clocks(), tmp_path / "goodput.json"
     first = start(file, clock)

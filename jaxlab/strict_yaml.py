@@ -90,7 +90,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
+        raise ConfigError(f"{path}: no such configuration file; {_there_is(path)}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
@@ -99,6 +99,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {_describe(raw)}")
     return raw
+
+
+def _there_is(path: Path) -> str:
+    """The configurations that lie where one was looked for, or in ``configs``; the likely one."""
+    folders = [folder for folder in (path.parent, Path("configs")) if any(folder.glob("*.yaml"))]
+    if not folders:
+        return "give the path of a YAML file, such as one of configs/ in a checkout"
+    known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
+    # A preset's name may be given, which writes dashes and points.
+    wanted = path.name.removesuffix(".yaml").replace("-", "_").replace(".", "_")
+    if near := difflib.get_close_matches(wanted, known, n=1, cutoff=0.7):
+        return f"did you mean {known[near[0]]}?"
+    return f"there are {', '.join(str(file) for file in sorted(known.values()))}"
 
 
 def apply_overrides(

@@ -74,8 +74,32 @@ def test_an_unknown_key_in_the_file_names_file_key_and_the_nearest(fails, small_
 
 def test_a_missing_configuration_is_named(fails, tmp_path):
     line = fails("train", tmp_path / "no.yaml", "--out", tmp_path / "run")
-    assert line == f"{tmp_path / 'no.yaml'}: no such configuration file"
+    assert line.startswith(
+        f"{tmp_path / 'no.yaml'}: no such configuration file; there are configs/"
+    )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("memory3-2b", "configs/memory3_2b.yaml"),
+        ("memory3-0.9b", "configs/memory3_0_9b.yaml"),
+        ("configs/dem.yaml", "configs/demo.yaml"),
+    ],
+)
+def test_a_configuration_that_is_nearly_named_is_proposed(fails, tmp_path, given, meant):
+    line = fails("train", given, "--out", tmp_path / "run")
+    assert line == f"{given}: no such configuration file; did you mean {meant}?"
+
+
+def test_where_there_is_no_configuration_it_is_said_where_some_are(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = fails("train", "no.yaml", "--out", tmp_path / "run")
+    assert line == (
+        "no.yaml: no such configuration file; give the path of a YAML file, such as one of "
+        "configs/ in a checkout"
+    )
 
 
 # Corpus and tokenizer

@@ -105,7 +105,12 @@ def apply(name: str, chips: Accelerator, command: Sequence[str], **options: Any)
         Command("replace an earlier run of that name", _kubectl("delete", "jobset", name), True),
         Command("start it", _kubectl("apply", "-f", path)),
     )
-    return Plan(f"run {shlex.join(command)} on {chips.where} under Kubernetes", steps)
+    needs = ()
+    if secrets := options.get("secrets"):
+        secret = options.get("secret_name", "jaxlab")
+        values = " ".join(f'--from-literal={name}="${name}"' for name in secrets)
+        needs = (f"the secret {secret}: kubectl create secret generic {secret} {values}",)
+    return Plan(f"run {shlex.join(command)} on {chips.where} under Kubernetes", steps, needs)
 
 
 def _kubectl(*words: str) -> tuple[str, ...]:

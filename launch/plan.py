@@ -76,13 +76,14 @@ Step = Command | File | EnvironmentFile
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What will be done, in order."""
+    """What will be done, in order; ``needs`` is what nobody but the user can see to before."""
 
     title: str
     steps: tuple[Step, ...]
+    needs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"# {self.title}"]
+        lines = [f"# {self.title}", *(f"# needs {need}" for need in self.needs)]
         for number, step in enumerate(self.steps, start=1):
             lines += ["", f"# {number}. {step.why}", str(step)]
         return "\n".join(lines) + "\n"

@@ -60,14 +60,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands, name: str, call: Callable[..., int], text: str, *, runs: bool = False
+    commands,
+    name: str,
+    call: Callable[..., int],
+    text: str,
+    *,
+    runs: bool = False,
+    variables: bool = True,
 ) -> argparse.ArgumentParser:
-    """A command; one that ``runs`` something takes it behind ``--``, and its environment."""
+    """A command; one that ``runs`` something takes it behind ``--``, and its ``variables``."""
     usage = f"python -m launch.pod {name} [options]" + " -- COMMAND" * runs
     added = commands.add_parser(name, help=text, description=text, usage=usage)
     added.set_defaults(call=call, needs_command=runs)
     added.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
-    if runs:
+    if runs and variables:
         text = "a variable of the run; NAME alone: its value here, which no plan shows"
         added.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=text)
     return added
@@ -81,7 +87,12 @@ def _pod_commands(commands) -> None:
             commands, "watch", _watch, "bring the run up again whenever it is lost", runs=True
         ),
         "resume": _command(
-            commands, "resume", _resume, "start again with the code that is there", runs=True
+            commands,
+            "resume",
+            _resume,
+            "start again with the code and the variables that are there",
+            runs=True,
+            variables=False,
         ),
         "logs": _command(commands, "logs", _logs, "the last lines of every worker"),
         "delete": _command(commands, "delete", _delete, "give the TPUs back"),
@@ -201,6 +212,9 @@ def _environment(arguments: argparse.Namespace) -> tuple[dict[str, str], tuple[s
     plain, secrets = read_environment(arguments.env)
     if not arguments.dry_run:
         check_set(secrets)
+    for name in secrets:
+        if name not in os.environ:
+            print(f"# warning: {name} is not set in this environment; export it before the run")
     return plain, secrets
 
 
@@ -230,8 +244,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    if arguments.env:
-        raise LaunchError("--env: the variables are those of the last run; use run to change them")
     _check_out(arguments.command, _NEXT_RUN)
     return _do(cloud_tpu.start(_pod(arguments), arguments.command), arguments)
 

@@ -126,6 +126,22 @@ def fake(folder: Path, name: str, body: str) -> None:
     file.chmod(0o755)
 
 
+@pytest.mark.parametrize("name", ["run", "watch", "slurm"])
+def test_a_dry_run_says_which_named_variable_is_not_set(name, capsys, monkeypatch):
+    words = PLANS[name].replace(" -- ", " --env A_TOKEN -- ")
+    monkeypatch.setenv("A_TOKEN", "x")
+    assert "warning" not in dry(words, capsys)
+    monkeypatch.delenv("A_TOKEN")
+    said = "# warning: A_TOKEN is not set in this environment; export it before the run\n"
+    assert dry(words, capsys).startswith(said)
+
+
+def test_resume_offers_no_variables(capsys):
+    with pytest.raises(SystemExit):
+        pod.main(["resume", "--help"])
+    assert "--env" not in capsys.readouterr().out
+
+
 def test_a_plan_is_carried_out_in_order_and_secrets_come_from_the_environment(
     tmp_path, monkeypatch, capsys
 ):
@@ -193,10 +209,6 @@ def test_the_file_with_secrets_is_its_owners_alone(tmp_path):
         ),
         (f"run --name a --zone z --env 1x=2 {TRAIN}", "--env 1x: is no name of a variable"),
         ("run --name a --zone z", "nothing to run: give the command behind --"),
-        (
-            f"resume --name a --zone z --env A=b {TRAIN}",
-            "--env: the variables are those of the last",
-        ),
         (
             f"gke --name a --image i --accelerator v6e-8 --via xpk {TRAIN}",
             "--via xpk needs --cluster",

@@ -355,3 +355,28 @@ def test_doctor_reports(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr()
     assert "jaxlab " in printed.out and printed.err == ""
+
+
+def test_an_estimate_is_words_and_its_numbers_go_to_the_file_that_is_asked_for(capsys, tmp_path):
+    file = tmp_path / "bank.json"
+    assert main(["estimate", "bank", "--refs", "1e6"]) == 0
+    said = capsys.readouterr().out
+    assert "{" not in said
+    assert main(["estimate", "bank", "--refs", "1e6", "--json", str(file)]) == 0
+    assert capsys.readouterr().out == said
+    assert json.loads(file.read_text())["references"] == 1_000_000
+
+
+def test_a_launched_run_is_gone_on_with_by_the_launcher(capsys, monkeypatch):
+    """What starts one worker would miss the others."""
+    from jaxlab import workloads
+
+    stopped = TrainResult(step=3, stage="warmup", interrupted=True, validation_loss=None)
+    monkeypatch.setattr(workloads, "trainer", lambda _: lambda *_: stopped)
+    words = ["train", "configs/demo.yaml", "--out", "r"]
+    for launched in (False, True):
+        if launched:
+            monkeypatch.setenv("JAXLAB_AGAIN", "python -m launch.pod local -- jaxlab train")
+        assert main(words) == 130
+        again = "python -m launch.pod local -- jaxlab train" if launched else "jaxlab train configs"
+        assert f"saved at step 3 (warmup); resume with: {again}" in capsys.readouterr().out

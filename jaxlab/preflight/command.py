@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -125,8 +124,5 @@ def _estimate_bank(arguments: argparse.Namespace) -> None:
         mfu=arguments.mfu,
     )
     print("\n".join(in_words(found)))
-    result = dataclasses.asdict(found)
     if arguments.json:
-        write_json(arguments.json, result)
-    else:
-        print(json.dumps(result))
+        write_json(arguments.json, dataclasses.asdict(found))

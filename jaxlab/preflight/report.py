@@ -143,7 +143,7 @@ def _show_memory(found: Analysis, out: Console) -> None:
 def _show_collectives(found: Analysis, out: Console) -> None:
     if not found.collectives:
         return
-    table = Table("collectives of a step", "over", "of", "count", "GiB", "sent", box=None)
+    table = Table("collectives of a step", "over", "of", "count", "GiB", "GiB sent", box=None)
     for one in found.collectives[:10]:
         sizes = (f"{one.bytes / GIB:.3f}", f"{one.sent / GIB:.3f}")
         table.add_row(one.kind, one.axes, str(one.size), f"{one.count:g}", *sizes)

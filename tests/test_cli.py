@@ -317,6 +317,32 @@ def test_a_lost_shard_is_named_by_verify_and_by_who_reads_it(fails, tiny, tmp_pa
     assert line.startswith(f"bank {bank}: shard {shard.name} cannot be read (")
 
 
+def test_a_shard_is_given_up_only_where_no_run_can_help_and_verify_tells_of_it(
+    fails, tiny, tmp_path, capsys
+):
+    bank = tiny.copy_bank(tmp_path)
+    path = damaged_file(bank, "000001", "memories")
+    flip_bit(path)
+    shard, before = path.relative_to(bank).parts[1], files_of(bank)
+    line = fails("memory", "repair", "--bank", bank)
+    assert line.startswith(f"bank {bank}: shard {shard} has damaged memories and sound texts, ")
+    assert "give --run RUN" in line
+    changed = {
+        name for name in before | files_of(bank) if before.get(name) != files_of(bank).get(name)
+    }
+    assert changed == {"header.json"}  # the name of the writer
+    (bank / "shards" / shard / "references.jsonl").unlink()
+    line = fails("memory", "repair", "--bank", bank)
+    assert line.startswith(f"lost: shard {shard}: rows ")
+    capsys.readouterr()
+    assert main(["memory", "verify", "--bank", str(bank)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: shard {shard}: rows ") and said.err.count("\n") == 1
+    assert f"{bank}: 8 references lost, " in said.out
+    assert main(["memory", "compact", "--bank", str(bank)]) == 0
+    assert main(["memory", "verify", "--bank", str(bank)]) == 0
+
+
 def test_a_place_without_a_bank_is_named(fails, tmp_path):
     for command in (("verify",), ("stats",), ("search", "--query", "the")):
         line = fails("memory", *command, "--bank", tmp_path / "none")

@@ -148,10 +148,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     found = Bank.open(arguments.bank).verify()
     for problem in found.problems:
         print(f"error: {problem}", file=sys.stderr)
-    state = "whole" if found.ok else "damaged"
+    for each in found.lost:
+        told = "were lost and set aside; `jaxlab memory compact` deletes their files and this note"
+        print(f"error: {each} {told}", file=sys.stderr)
+    gone = sum(each.count for each in found.lost)
+    state = "damaged" if not found.ok else f"{gone} references lost" if gone else "whole"
     cold = f", {found.cold} of them cold" if found.cold else ""
     print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references{cold}")
-    return 0 if found.ok else 1
+    return 1 if gone or not found.ok else 0
 
 
 def _quantize(arguments: argparse.Namespace) -> None:

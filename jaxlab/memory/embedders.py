@@ -140,6 +140,9 @@ def open_embedder(
         return LsaEmbedder.from_bytes(state)
     if spec == "model":
         if model_embed is None:
-            raise ConfigError("embedder model needs the language model that computes it")
+            raise ConfigError(
+                "embedder model needs the language model that computes it: give --run RUN (in"
+                " Python model_embed=)"
+            )
         return ModelEmbedder(model_embed)
     return SentenceTransformersEmbedder(spec.removeprefix(_SENTENCE_TRANSFORMERS))

@@ -189,6 +189,9 @@ class LostShard:
     start: int
     count: int
 
+    def __str__(self) -> str:
+        return f"shard {self.name}: rows {self.start} to {self.start + self.count - 1}"
+
 
 @dataclass(frozen=True)
 class IndexRecord:

@@ -89,13 +89,15 @@ def repair(
 ) -> RepairReport:
     """Make damaged shards again from what is sound of them; set aside those that cannot be.
 
-    With its texts sound a shard is made again: what else is damaged follows from them, memories if
-    there is an ``encode`` (:func:`jaxlab.memory.pipeline.reference_encoder`). A shard that is set
-    aside is read no more and its rows count as deleted; its files stay until :func:`compact`, and
-    an index that they are in goes. A damaged memory of a cold shard is forgotten, to be encoded
-    when it is next read.
+    With its texts sound a shard is made again: what else is damaged follows from them, memories by
+    ``encode`` (:func:`jaxlab.memory.pipeline.reference_encoder`). A shard that is set aside is read
+    no more and its rows count as deleted; its files stay until :func:`compact`, and an index that
+    they are in goes. A damaged memory of a cold shard is forgotten, to be encoded when it is next
+    read.
 
     Raises BankError when the codec or the list of deleted rows is damaged: then nothing is known.
+    Raises ConfigError, and sets nothing aside, when a shard with sound texts takes the ``encode``
+    or the ``model_embed`` that is not given.
     """
     bank.require_writable()
     found = bank.verify()
@@ -116,7 +118,7 @@ def repair(
             made = _make_again(bank, shard, bad, encode, model_embed, number)
             if made is None:
                 aside.append(LostShard(shard.name, shard.start, shard.count))
-                lost.append(_told(bank, shard))
+                lost.append(f"{aside[-1]} {_sources_told(bank, shard)}")
                 continue
             repaired.append(shard.name)
             shard = made
@@ -167,14 +169,19 @@ def _make_again(
         memories = found.memories
     elif not shard.cold:
         if encode is None:
-            return None
+            # What can be had again, if not here and now, is not given up.
+            raise ConfigError(
+                f"bank {bank.url}: shard {shard.name} has damaged memories and sound texts, from"
+                " which the model makes them again: give --run RUN (in Python encode=); nothing was"
+                " set aside"
+            )
         memories = encode(references)
     if sound("embeddings"):
         embeddings = bank.array_of(shard, "embeddings")
     else:
         try:
             embedder = bank.embedder(model_embed=model_embed)
-        except (BankError, ConfigError):
+        except BankError:  # what it was fitted to is damaged as well
             return None
         embeddings = embedder.embed([reference.text for reference in references])
     return bank.store(
@@ -182,13 +189,11 @@ def _make_again(
     )
 
 
-def _told(bank: Bank, shard: Shard) -> str:
-    """Which references a shard held, as far as that can be read."""
-    last = shard.start + shard.count - 1
-    told = f"shard {shard.name}: rows {shard.start} to {last}"
+def _sources_told(bank: Bank, shard: Shard) -> str:
+    """Of what the references of a shard were, as far as that can be read."""
     try:
         names = bank.sources_of(shard)
     except BankError:
-        return f"{told} of sources that cannot be read"
+        return "of sources that cannot be read"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{told} of {', '.join(names[:5])}{more}"
+    return f"of {', '.join(names[:5])}{more}"

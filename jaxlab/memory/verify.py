@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlab.memory.header import Header, Shard, StoredFile
+from jaxlab.memory.header import Header, LostShard, Shard, StoredFile
 from jaxlab.memory.objects import reason
 
 
@@ -13,7 +13,8 @@ from jaxlab.memory.objects import reason
 class VerifyReport:
     """What ``Bank.verify`` found; ``problems`` has one line for each bad file, ``keys`` its place.
 
-    ``cold`` references have no memory yet.
+    ``cold`` references have no memory yet. ``lost`` shards were set aside by a repair; their files
+    are not looked at.
     """
 
     shards: int
@@ -24,10 +25,11 @@ class VerifyReport:
     problems: tuple[str, ...]
     keys: tuple[str, ...] = ()
     cold: int = 0
+    lost: tuple[LostShard, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when every object is there and unchanged."""
+        """True when every object that is in use is there and unchanged."""
         return not self.problems
 
 
@@ -82,6 +84,7 @@ def verify_objects(
         problems=tuple(f"{owner}: {key} is {problem}" for owner, key, problem in found),
         keys=tuple(key for _, key, _ in found),
         cold=cold,
+        lost=header.lost,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError
+from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory import pipeline
 from jaxlab.memory.pipeline import append_to_bank, reference_encoder
 from jaxlab.memory.read import MemoryReader
@@ -269,16 +269,32 @@ def test_a_shard_with_sound_texts_is_made_again_as_it_was(tmp_path, kind, cold):
     assert Bank.open(bank.url, write=True).repair().repaired == ()
 
 
-@pytest.mark.parametrize("kind", ["references.jsonl", "memories/c"])
-def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["memories/c", "memories/zarr", "embeddings"])
+def test_what_only_the_model_makes_again_waits_for_it(tmp_path, kind):
+    """Another shard may be beyond repair: nothing is set aside before all is known."""
+    write_small_bank(tmp_path, shard_references=3)
+    bank = Bank.open(tmp_path / "bank", write=True)
+    before, header = told(bank), (tmp_path / "bank/header.json").read_bytes()
+    flip(part_of(tmp_path / "bank", bank.shards[0], "references.jsonl"))
+    flip(part_of(tmp_path / "bank", bank.shards[1], kind))
+    with pytest.raises(ConfigError, match="give --run RUN"):
+        bank.repair()
+    assert (tmp_path / "bank/header.json").read_bytes() == header
+    done = Bank.open(bank.url, write=True).repair(encode=Encoder(), model_embed=letters)
+    assert (done.set_aside, done.repaired) == ((bank.shards[0].name,), (bank.shards[1].name,))
+    assert told(Bank.open(bank.url)) == before[3:]
+
+
+def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path):
     bank = written(tmp_path, counts=COUNTS)
     whole, name = told(bank), bank.shards[1].name
-    flip(part_of(tmp_path, bank.shards[1], kind))
+    flip(part_of(tmp_path, bank.shards[1], "references.jsonl"))
     done = bank.repair()
     assert (done.repaired, done.set_aside) == ((), (name,))
     assert done.lost == (f"shard {name}: rows 3 to 4 of source 1",)
     for each in (bank, Bank.open(tmp_path, write=True)):
         assert each.verify().ok and (each.rows, len(each)) == (9, 7)
+        assert [(lost.name, lost.count) for lost in each.verify().lost] == [(name, 2)]
         assert told(each) == whole[:3] + whole[5:]
         with pytest.raises(BankError, match="reference 4 was deleted"):
             each.read([4])

@@ -49,6 +49,14 @@ def index_name(rows: int, dim: int) -> str:
     return f"IVF{lists},SQ8" if rows * dim <= RAM_BYTES else f"IVF{lists},PQ{parts}"
 
 
+def fitting_name(rows: int) -> str | None:
+    """An index that so many rows can train, however few; None for fewer than one list takes."""
+    if rows < _LEAST_A_LIST:
+        return None
+    lists = min(4 * math.sqrt(rows), rows / _LEAST_A_LIST)
+    return f"IVF{1 << math.floor(math.log2(lists))},SQ8"
+
+
 class ApproximateIndex:
     """Inverted lists; made by :meth:`fit` or :meth:`from_file`."""
 
@@ -81,7 +89,8 @@ class ApproximateIndex:
         if rows < _LEAST_A_LIST * lists:
             raise ConfigError(
                 f"index {name!r}: {lists} lists are trained on {_LEAST_A_LIST * lists:,} "
-                f"references or more, the bank has {rows:,}: choose fewer lists, or Flat"
+                f"references or more, the bank has {rows:,}: choose fewer lists, such as "
+                f"{fitting_name(rows) or FLAT}"
             )
         if parts and dim % parts:
             raise ConfigError(f"index {name!r}: {parts} parts do not divide the dimension {dim}")

@@ -14,6 +14,7 @@ from jaxlab.memory.approximate import (
     FLAT,
     ApproximateIndex,
     exact_hits,
+    fitting_name,
     index_name,
     recall,
 )
@@ -55,8 +56,8 @@ def build_index(
     name = name or index_name(bank.rows, bank.spec.embedding_dim)
     if name == FLAT:
         raise ConfigError(
-            f"bank {bank.url}: its {bank.rows:,} references are searched exactly, without an "
-            "index; name one, such as IVF1024,SQ8, to have it all the same"
+            f"bank {bank.url}: its {bank.rows:,} references are few enough to be searched exactly "
+            f"and need no index; {_all_the_same(bank.rows)}"
         )
     begin = time.perf_counter()
     dim = bank.spec.embedding_dim
@@ -74,6 +75,11 @@ def build_index(
     bank.keep_index(content, record)
     seconds = time.perf_counter() - begin
     return IndexReport(name, bank.rows, len(content), index.probes, share, seconds)
+
+
+def _all_the_same(rows: int) -> str:
+    name = fitting_name(rows)
+    return f"--kind {name} makes one all the same" if name else "they are too few for one"
 
 
 def open_index(bank: Bank, *, grows: bool = False) -> FlatIndex | ApproximateIndex:

@@ -12,6 +12,7 @@ from jaxlab.memory.approximate import (
     RAM_BYTES,
     ApproximateIndex,
     exact_hits,
+    fitting_name,
     index_name,
     recall,
 )
@@ -127,13 +128,25 @@ def test_the_index_is_chosen_by_the_room_that_the_embeddings_take():
     assert index_name(110_000_000, 1024) == "IVF32768,PQ128"
 
 
+@pytest.mark.parametrize("rows", [39, 77, 78, 406, ROWS])
+def test_the_index_that_is_proposed_can_be_made_of_so_few(rows):
+    def some():
+        yield 0, VECTORS[:rows]
+
+    assert len(ApproximateIndex.fit(some, fitting_name(rows), rows=rows, dim=DIM)) == rows
+    assert fitting_name(38) is None and fitting_name(10**9) == "IVF65536,SQ8"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("HNSW32", "is none of Flat, IVFn"),
         ("IVF16,PQ0", "is none of Flat, IVFn"),
         ("IVF16,PQ5", "5 parts do not divide the dimension 16"),
-        ("IVF21,Flat", "21 lists are trained on 819 references or more, the bank has 800"),
+        (
+            "IVF21,Flat",
+            "21 lists are trained on 819 references or more, the bank has 800: .* as IVF16,SQ8",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_an_error(name, message):
@@ -241,5 +254,5 @@ def test_a_new_index_takes_the_place_of_the_old_and_compaction_takes_it_away(tmp
     assert bank.index_record.name == "IVF16,SQ8"
     bank.compact()
     assert bank.index_record is None and bank.verify().ok
-    with pytest.raises(ConfigError, match="799 references are searched exactly"):
+    with pytest.raises(ConfigError, match="799 references are few enough .* --kind IVF16,SQ8 "):
         build_index(bank)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
 from jaxlab.errors import BankError, ConfigError
-from jaxlab.memory.rate import PAPER, ROTATION_BITS, Rate
+from jaxlab.memory.rate import PAPER, ROTATION_BITS, Rate, unfit
 from kernels_pallas.memory_dequantize import Codebook
 
 __all__ = ["PAPER", "Codec", "Rate"]
@@ -43,10 +43,7 @@ class Codec:
         """
         rate = Rate(name)
         if vectors.ndim != 2 or vectors.shape[1] != rate.dim:
-            raise ConfigError(
-                f"codec {name!r} is for vectors of {rate.dim} numbers, these have "
-                f"{vectors.shape[-1]}: choose one whose OPQm_d has d = {vectors.shape[-1]}"
-            )
+            raise ConfigError(unfit(name, vectors.shape[-1]))
         if len(vectors) < rate.least:
             raise ConfigError(
                 f"codec {name!r} is trained on {rate.least:,} vectors or more, here are "

@@ -14,6 +14,24 @@ _LEAST = 39
 ROTATION_BITS = 8
 
 
+def codec_for(dim: int) -> str | None:
+    """A codec of vectors of ``dim`` numbers that few hundred train; None for an odd number.
+
+    Four numbers to a part of the rotation as in the paper's, eight to one of the second level.
+    """
+    if dim == Rate(PAPER).dim:
+        return PAPER
+    spaces, parts = (next((dim // n for n in (most, 4, 2) if not dim % n), 0) for most in (4, 8))
+    return f"OPQ{spaces}_{dim},Residual2x8,PQ{parts}x8" if parts else None
+
+
+def unfit(name: str, dim: int) -> str:
+    """What to say of a codec that is for vectors of another width."""
+    fits = codec_for(dim)
+    such = f": choose one whose OPQm_d has d = {dim}, such as {fits}" if fits else ""
+    return f"codec {name!r} is for vectors of {Rate(name).dim} numbers, these have {dim}{such}"
+
+
 @dataclass(frozen=True)
 class Rate:
     """What the name of a codec says; raises ConfigError for a name of another kind."""

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.progress import Progress
 from jaxlab.memory.quantize import PAPER, Codec, Rate
+from jaxlab.memory.rate import unfit
 from jaxlab.memory.store import Bank, bank_exists
 
 _READ_AT_ONCE = 64
@@ -57,10 +58,7 @@ def quantize_bank(
     if source.codec is not None:
         raise BankError(f"bank {source.url} is quantized already; give the bank that it came from")
     if Rate(codec).dim != source.spec.memory_shape[-1]:
-        raise ConfigError(
-            f"codec {codec!r} is for vectors of {Rate(codec).dim} numbers, bank {source.url} has"
-            f" {source.spec.memory_shape[-1]}: choose one whose OPQm_d has that d"
-        )
+        raise ConfigError(f"bank {source.url}: {unfit(codec, source.spec.memory_shape[-1])}")
     if len(source.cold_rows()):
         raise BankError(
             f"bank {source.url}: {len(source.cold_rows()):,} references have no memory yet; encode"

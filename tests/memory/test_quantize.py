@@ -7,6 +7,7 @@ import pytest
 
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.quantize import PAPER, Codec, Rate
+from jaxlab.memory.rate import codec_for
 from kernels_pallas.memory_dequantize import memory_dequantize
 
 SMALL = "OPQ4_16,Residual2x5,PQ4x4"
@@ -70,6 +71,14 @@ def test_training_is_as_faiss_does_it_but_quiet(codec, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("dim", [2, 6, 8, 16, 32, 64, 100, 128])
+def test_a_codec_is_proposed_that_few_vectors_of_any_even_width_train(dim):
+    few = np.random.default_rng(dim).standard_normal((300, dim)).astype(np.float32)
+    made = Codec.fit(few, codec_for(dim), rounds=(1, 1))
+    assert made.decode(made.encode(few)).shape == few.shape
+    assert codec_for(80) == PAPER and codec_for(dim + 1) is None
+
+
 def test_what_is_no_codec_is_refused(codec):
     state = codec.to_bytes()
     with pytest.raises(BankError, match=f"codec {SMALL}: cannot be read"):
@@ -83,7 +92,7 @@ def test_what_is_no_codec_is_refused(codec):
     [
         ("PQ8", vectors(9), "codec 'PQ8': is not of the kind OPQm_d,Residual2xb,PQnxb"),
         ("OPQ4_16,Residual2x5,PQ3x4", vectors(9), "2, 4 and 3 must all divide its dimension 16"),
-        (PAPER, vectors(9), "is for vectors of 80 numbers, these have 16"),
+        (PAPER, vectors(9), "is for vectors of 80 numbers, these have 16: .* as OPQ4_16,Residual"),
         (SMALL, vectors(9), "is trained on 256 vectors or more, here are 9"),
     ],
 )

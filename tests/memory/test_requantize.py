@@ -207,7 +207,7 @@ def test_what_cannot_be_quantized_or_gone_on_with_is_named(tmp_path, banks):
         quantize_bank(made, tmp_path / "a", **OPTIONS)
     with pytest.raises(BankError, match=f"was begun with codec {CODEC}; .* another --out"):
         quantize_bank(source, made.url, **{**OPTIONS, "codec": "OPQ2_8,Residual2x2,PQ2x2"})
-    with pytest.raises(ConfigError, match="is for vectors of 80 numbers, bank .* has 8"):
+    with pytest.raises(ConfigError, match="these have 8: .* OPQ2_8,Residual2x8,PQ1x8"):
         quantize_bank(source, tmp_path / "a", **{**OPTIONS, "codec": PAPER})
     other = raw_bank(tmp_path / "other", counts=(6, 8, 10))
     with pytest.raises(BankError, match="was begun from another bank"):

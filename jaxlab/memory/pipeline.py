@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlab.data.references import References
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError, Preempted
+from jaxlab.errors import BankError, DataError, Preempted
 from jaxlab.memory.embedders import Embedder
 from jaxlab.memory.header import BankSpec, Shard
 from jaxlab.memory.progress import Progress
@@ -209,8 +209,9 @@ def append_to_bank(
     """Add those references of ``documents`` that the bank does not have, once; their row numbers.
 
     ``cold``: texts and embeddings now, each memory when it is first read. One that was killed adds
-    the rest when it is repeated. The bank's embedder stays as it was fitted. Raises BankError when
-    there is no bank, or it is another model's.
+    the rest when it is repeated. The bank's embedder stays as it was fitted. References of white
+    space alone are left out; raises DataError when there are no others, and BankError when there
+    is no bank, or it is another model's.
     """
     model.require_memory()
     length = model.config.memory.reference_length
@@ -218,7 +219,9 @@ def append_to_bank(
     bank = Bank.open(url, identity=model.identity, write=True)
     embedder = bank.embedder(model_embed=model.embed_texts)
     stored = [_stored(references, row) for row in range(len(references))]
-    first = {one: row for row, one in reversed([*enumerate(stored)])}
+    first = {one: row for row, one in reversed([*enumerate(stored)]) if one.text.strip()}
+    if not first:
+        raise DataError("nothing to add: the texts are white space alone")
     had = bank.has(stored)
     new = [row for row in sorted(first.values()) if not had[row]]
     encode = ReferenceEncoder(model) if new and not cold else None
@@ -300,8 +303,12 @@ def _check_same_references(bank: Bank, references: References, url: str) -> None
     rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
     ids = sorted({int(rows[at]) for at in (0, len(rows) // 2, -1)}) if len(rows) else []
     for row, stored in zip(ids, bank.references(ids), strict=True):
-        if row >= len(references) or stored.text != references.texts[row]:
-            raise BankError(
-                f"bank {url}: reference {row} is not the one that this source gives: the bank was "
-                "begun with another source; use the same --data or another --bank"
-            )
+        if row < len(references) and stored.text == references.texts[row]:
+            continue
+        why = "the bank was begun with another source; use the same --data or another --bank"
+        if row != ids[0]:
+            why = f"`jaxlab memory append` added it, and adds what is missing, or {why}"
+        raise BankError(
+            f"bank {url}: reference {row} is not one of the {len(references):,} that this source "
+            f"gives, at its place: {why}"
+        )

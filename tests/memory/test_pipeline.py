@@ -146,8 +146,10 @@ def test_a_killed_writer_goes_on_behind_the_last_whole_shard(tmp_path, monkeypat
 def test_a_bank_is_not_continued_with_another_corpus(tmp_path):
     write_small_bank(tmp_path)
     for other in (["bbbb", *TEXTS[1:]], TEXTS[:3], [*TEXTS[:-1], "aaaa"]):
-        with pytest.raises(BankError, match="reference .* begun with another source"):
+        with pytest.raises(BankError, match="reference .* begun with another source") as raised:
             write_small_bank(tmp_path, other)
+        # It may be the same source, and something appended behind it.
+        assert ("`jaxlab memory append` added it" in str(raised.value)) == (other[0] == TEXTS[0])
     assert len(opened(tmp_path)) == len(TEXTS)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError, ConfigError
+from jaxlab.errors import BankError, ConfigError, DataError
 from jaxlab.memory import pipeline
 from jaxlab.memory.pipeline import append_to_bank, reference_encoder
 from jaxlab.memory.read import MemoryReader
@@ -364,6 +364,18 @@ def test_a_reference_that_is_given_twice_is_added_once(tmp_path, monkeypatch):
         ("notes", TEXTS[4]),
         ("elsewhere", TEXTS[5]),
     ]
+
+
+def test_blank_texts_are_left_out_and_refused_where_there_are_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(small_model()), "embed_texts", lambda self, texts: letters(texts))
+    write_small_bank(tmp_path, TEXTS[:2])
+    url, silent = str(tmp_path / "bank"), {"cold": True, "report": lambda _: None}
+    blank = [Document("notes", " " * 30), Document("notes", " \n")]
+    with pytest.raises(DataError, match="the texts are white space alone"):
+        append_to_bank(small_model(), blank, url, **silent)
+    some = [blank[0], Document("notes", TEXTS[5]), blank[1]]
+    assert append_to_bank(small_model(), some, url, **silent) == range(2, 3)
+    assert Bank.open(url).reference(2).text == TEXTS[5]
 
 
 def test_a_reference_is_had_only_with_text_and_source(tmp_path):

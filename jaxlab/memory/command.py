@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxlab.errors import BankError, ConfigError
@@ -101,6 +101,7 @@ def _search(arguments: argparse.Namespace) -> None:
     from jaxlab.memory.store import Bank
 
     bank = Bank.open(arguments.bank)
+    _require_sources(bank, arguments.source or ())
     reader = MemoryReader.open(bank, model_embed=_model_embed(arguments))
     hits = reader.search([arguments.query], arguments.top, sources=arguments.source)
     found = [
@@ -113,6 +114,16 @@ def _search(arguments: argparse.Namespace) -> None:
     texts = bank.references([row for row, _ in found])
     for (row, score), stored in zip(found, texts, strict=True):
         print(f"{score:.4f}  [{row}] {stored.source}: {one_line(stored.text)}")
+
+
+def _require_sources(bank: Any, sources: Sequence[str]) -> None:
+    known = bank.sources() if sources else {}
+    for unknown in sorted(set(sources) - known.keys()):
+        such = f", such as {next(iter(known))}" if known else ""
+        raise BankError(
+            f"bank {bank.url} has no references of {unknown}: name a source as `jaxlab memory"
+            f" search` prints it{such}"
+        )
 
 
 def _model_embed(arguments: argparse.Namespace):
@@ -194,11 +205,7 @@ def _delete(arguments: argparse.Namespace) -> None:
     from jaxlab.memory.store import Bank
 
     bank = Bank.open(arguments.bank, write=True)
-    unknown = set(arguments.source) - bank.sources().keys()
-    if unknown:
-        raise BankError(
-            f"bank {arguments.bank} has no references of {min(unknown)}; nothing was deleted"
-        )
+    _require_sources(bank, arguments.source)
     gone = bank.delete(rows=arguments.rows, sources=arguments.source)
     print(json.dumps({"bank": arguments.bank, "deleted": gone, "references": len(bank)}))
 

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import os
 import shlex
 import sys
@@ -243,9 +245,12 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from jaxlab.inference import retrieval
     from jaxlab.inference.engine import Engine
     from jaxlab.inference.sampling import Sampling
 
+    # Errors written for the user come as the one line of the command, not as lines of a log, too.
+    retrieval.log.addFilter(_has_traceback)
     sampling = Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -253,18 +258,31 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     model, reader = _model_and_reader(arguments)
-    print(arguments.prompt, end="", flush=True)
+
+    @functools.cache
+    def begin():  # with the first token: an error before it has a line of its own
+        print(arguments.prompt, end="", flush=True)
+
+    def say(_: int, text: str) -> None:
+        begin()
+        print(text, end="", flush=True)
+
     (answer,) = Engine(model, reader, rows=1).generate(
         [arguments.prompt],
         max_tokens=arguments.max_tokens,
         sampling=sampling,
         stop=arguments.stop,
         memory=arguments.augment or "on",
-        on_token=lambda _, text: print(text, end="", flush=True),
+        on_token=say,
     )
+    begin()
     print()
     if arguments.cite:
         print_citations(answer.citations)
+
+
+def _has_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is not None
 
 
 def _model_and_reader(arguments: argparse.Namespace):

@@ -250,9 +250,10 @@ def test_a_demo_that_is_interrupted_ends_as_other_commands_do(tmp_path, monkeypa
 # Reading and evaluating
 
 
-def test_a_prompt_longer_than_the_context_is_refused(fails, tiny):
-    line = fails("generate", "--run", tiny.run, "--prompt", "the array " * 200)
-    assert "the context holds 192: shorten the prompt" in line
+def test_a_prompt_longer_than_the_context_is_refused(tiny, capsys):
+    assert main(["generate", "--run", str(tiny.run), "--prompt", "the array " * 200]) == 1
+    said = capsys.readouterr()
+    assert "the context holds 192: shorten the prompt" in said.err and said.out == ""
 
 
 @pytest.mark.parametrize("mode", ["on", "shuffled"])
@@ -348,6 +349,34 @@ def test_a_place_without_a_bank_is_named(fails, tmp_path):
         line = fails("memory", *command, "--bank", tmp_path / "none")
         assert line.startswith(f"no memory bank at {tmp_path / 'none'}: ")
     assert not (tmp_path / "none").exists()
+
+
+def test_sources_that_are_not_there_are_named_with_how_sources_are_called(fails, tiny):
+    words = ("--bank", tiny.bank, "--source", "0.txt", "notes/0.txt")
+    for command in (("search", "--query", "the"), ("delete",)):
+        line = fails("memory", *command, *words)
+        assert line == (
+            f"bank {tiny.bank} has no references of notes/0.txt: name a source as "
+            "`jaxlab memory search` prints it, such as 0.txt"
+        )
+
+
+def test_a_codec_that_fits_the_bank_is_proposed(fails, tiny, tmp_path):
+    line = fails("memory", "quantize", "--bank", tiny.bank, "--out", tmp_path / "codes")
+    assert line.startswith(f"bank {tiny.bank}: codec 'OPQ20_80,Residual2x14,PQ8x10' is for ")
+    assert line.endswith("has d = 8, such as OPQ2_8,Residual2x8,PQ1x8")
+
+
+def test_damage_that_a_prompt_reads_is_one_line_and_the_prompt_is_not_begun(tiny, tmp_path):
+    bank = tiny.copy_bank(tmp_path)
+    for path in (bank / "shards").glob("*/memories/c/**/*"):
+        if path.is_file():
+            path.unlink()
+    words = ("generate", "--run", tiny.run, "--bank", bank, "--prompt", "the array axis")
+    ended = tiny.child(tmp_path, *words)
+    (line,) = ended.err.splitlines()
+    assert (ended.code, ended.out) == (1, "")
+    assert line.startswith(f"error: bank {bank}: shard ")
 
 
 # What goes well

@@ -215,7 +215,7 @@ def test_an_unknown_or_unfinished_embedder_is_an_error():
             open_embedder(spec)
     with pytest.raises(ConfigError, match="has to be fitted"):
         open_embedder("lsa")
-    with pytest.raises(ConfigError, match="needs the language model"):
+    with pytest.raises(ConfigError, match="needs the language model .*: give --run RUN"):
         open_embedder("model")
 
 

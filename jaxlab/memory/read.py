@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from jaxlab.data.overlap import exceeds
 from jaxlab.data.sources import Document
 from jaxlab.errors import BankError
+from jaxlab.memory.header import HEADER_FILE
 from jaxlab.memory.indexing import open_index
+from jaxlab.memory.objects import default_context, open_kvstore, reason
 from jaxlab.memory.recent import RecentMemories
-from jaxlab.memory.retrieve import Allowed, Hits, Retriever
+from jaxlab.memory.retrieve import Allowed, FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank, StoredMemories, StoredReference
 from jaxlab.memory.write import from_stored
 from jaxlab.models.attention import Slots
@@ -27,6 +30,10 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 1 << 28
 Encode = Callable[[Sequence[StoredReference]], np.ndarray]
 Append = Callable[[Sequence[Document]], range]
+
+
+class RewrittenError(BankError):
+    """The rows of a bank were numbered anew: what was opened before is of no more use."""
 
 
 class MemoryReader:
@@ -53,6 +60,7 @@ class MemoryReader:
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
         self.recent = RecentMemories(self._read, cache_bytes)
+        self._generation: bytes | None = None  # of the header that was last taken over
         # Seconds spent so far, by what on.
         self.seconds = {"embed": 0.0, "search": 0.0, "load": 0.0}
 
@@ -100,9 +108,10 @@ class MemoryReader:
         hits = None
         while hits is None:
             bank = self.bank
-            allowed = _allowed(bank, sources)  # reads files: nobody shall wait for it
+            # Reads files: nobody shall wait for it.
+            allowed = _allowed(bank, sources, len(self._retriever.index))
             with self._lock:
-                if bank is self.bank:  # else rows were added meanwhile
+                if bank is self.bank:  # else the bank was changed meanwhile
                     hits = self._retriever.find(queries, k or self.per_chunk, allowed=allowed)
         self.seconds["embed"] += embedded - started
         self.seconds["search"] += time.perf_counter() - embedded
@@ -119,20 +128,50 @@ class MemoryReader:
         with self._adding:
             self._grown()
             rows = self._append(documents)
-            bank = self._grown()
-            fresh = bank.embeddings_of(np.arange(self.bank.rows, bank.rows))
-            with self._lock:
-                self._retriever.index.add(fresh)
-                self.bank = bank
+            self._take_over(self._grown())
         return rows
+
+    def refresh(self) -> None:
+        """Take over what others deleted from the bank or appended to it; cheap if nothing changed.
+
+        Appended rows are found from now on where the search is exact or ``append`` was given; else
+        the index lies in its file, and they are found by who opens the bank again. Raises
+        RewrittenError when the rows were numbered anew (a compacted bank), and BankError when the
+        bank cannot be read now; all stays as it was then.
+        """
+        with self._adding:
+            try:
+                found = self._place.read(HEADER_FILE, if_not_equal=self._generation).result()
+            except Exception as error:
+                url = self.bank.url
+                raise BankError(f"bank {url}: cannot read its header ({reason(error)})") from error
+            if found.state == "unspecified":  # it is the one that is known
+                return
+            self._take_over(self._grown())
+            # Read before the bank: what was committed between is taken over the next time.
+            self._generation = found.stamp.generation
+
+    def _take_over(self, bank: Bank) -> None:
+        bank.alive()  # raises where it cannot be read, before anything is taken over
+        index = self._retriever.index
+        grows = self._append is not None or isinstance(index, FlatIndex)
+        fresh = bank.embeddings_of(np.arange(len(index), bank.rows)) if grows else None
+        with self._lock:
+            if fresh is not None:
+                index.add(fresh)
+            self.bank = bank
+
+    @functools.cached_property
+    def _place(self) -> Any:
+        return open_kvstore(self.bank.url, default_context())
 
     def _grown(self) -> Bank:
         """The bank as it is now; what is known of its rows here must still hold."""
         bank = Bank.open(self.bank.url, identity=self.bank.spec.identity)
         if bank.fingerprint(self.bank.rows) != self.bank.fingerprint():
-            raise BankError(
+            raise RewrittenError(
                 f"bank {bank.url} was rewritten since it was opened here (compacted or repaired),"
-                " and its rows have other numbers: open it again to add to it"
+                " and its rows have other numbers: open it again"
             )
         return bank
 
@@ -224,13 +263,13 @@ class MemoryReader:
         return found._replace(cold=np.zeros_like(found.cold))
 
 
-def _allowed(bank: Bank, sources: Sequence[str] | None) -> Allowed | None:
-    """The rows that a search may find; None when it may find all."""
+def _allowed(bank: Bank, sources: Sequence[str] | None, indexed: int) -> Allowed | None:
+    """Which of the rows in the index a search may find; None when it may find all of them."""
     alive = bank.alive()
     if sources is None:
-        return None if alive is None else Allowed(alive)
+        return None if alive is None else Allowed(alive[:indexed])
     mask = bank.rows_of(sources)
-    return Allowed(mask if alive is None else mask & alive, tuple(sources))
+    return Allowed((mask if alive is None else mask & alive)[:indexed], tuple(sources))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

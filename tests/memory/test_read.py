@@ -8,8 +8,9 @@ from jaxlab.data.sources import Document
 from jaxlab.errors import BankError
 from jaxlab.memory import pipeline
 from jaxlab.memory.embedders import ModelEmbedder
+from jaxlab.memory.indexing import build_index
 from jaxlab.memory.library import open_reader
-from jaxlab.memory.read import MemoryReader
+from jaxlab.memory.read import MemoryReader, RewrittenError
 from jaxlab.memory.requantize import quantize_bank
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
@@ -175,6 +176,59 @@ def test_nothing_is_added_to_a_bank_whose_rows_were_renumbered(tmp_path, monkeyp
     assert len(Bank.open(first.url)) == 4
     again = open_reader(small_model(), first.url, grows=True)
     assert again.add([Document("doc", text) for text in TEXTS[5:]]) == range(4, 7)
+
+
+def test_what_was_deleted_elsewhere_is_not_found_after_a_refresh(tmp_path):
+    bank = made_bank(tmp_path / "bank", TEXTS)
+    reader = MemoryReader.open(bank, model_embed=letters)
+    assert reader.search(["aaabca"]).ids[0, 0] == 0
+    reader.refresh()
+    Bank.open(bank.url, write=True).delete(rows=[0])
+    reader.refresh()
+    wanted = MemoryReader.open(Bank.open(bank.url), model_embed=letters)
+    found = reader.search(TEXTS, 8)
+    assert 0 not in found.ids and bits(found.ids) == bits(wanted.search(TEXTS, 8).ids)
+    assert len(reader.bank) == len(TEXTS) - 1
+    known = reader.bank
+    reader.refresh()
+    assert reader.bank is known  # nothing changed: it was not opened again
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_what_was_appended_elsewhere_is_found_where_the_index_can_grow(tmp_path, grows):
+    texts = [a + b for a in TEXTS for b in TEXTS] * 2
+    bank = made_bank(tmp_path / "bank", texts)
+    exact = MemoryReader.open(bank, model_embed=letters)
+    build_index(Bank.open(bank.url, write=True), "IVF2,Flat", probes=2, model_embed=letters)
+    append = (lambda documents: range(0)) if grows else None
+    near = MemoryReader.open(Bank.open(bank.url), model_embed=letters, append=append)
+    Bank.open(bank.url, write=True).append(
+        np.full((1, *SHAPE), 128, np.float32), np.array([3], np.int32), letters(["h" * 9]),
+        [StoredReference("h" * 9, "new", 9)],
+    )  # fmt: skip
+    Bank.open(bank.url, write=True).delete(rows=[63])  # the best of those that were there
+    for reader, finds in ((exact, True), (near, grows)):
+        reader.refresh()
+        for sources in (None, ["new", "source 3"]):
+            found = reader.search(["hhh"], sources=sources).ids
+            assert (128 in found) == finds and 63 not in found
+        reader.slots(found[None])
+    assert (rows_read(exact.slots(np.array([[[128]]]))) == 128).all()
+
+
+def test_a_bank_that_was_renumbered_or_lost_elsewhere_is_told_and_not_taken_over(tmp_path):
+    bank = made_bank(tmp_path / "bank", TEXTS)
+    reader = MemoryReader.open(bank, model_embed=letters)
+    other = Bank.open(bank.url, write=True)
+    other.delete(rows=[0])
+    other.compact()
+    for _ in range(2):
+        with pytest.raises(RewrittenError, match="rows have other numbers"):
+            reader.refresh()
+    assert reader.bank is bank
+    (tmp_path / "bank" / "header.json").unlink()
+    with pytest.raises(BankError, match="no memory bank"):
+        reader.refresh()
 
 
 @pytest.mark.parametrize("codec", ["", "OPQ2_8,Residual2x3,PQ2x3"])

@@ -1,5 +1,7 @@
 """The application: completions, chat, the bank, health and figures, and a page to try it out."""
 
+import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
@@ -20,6 +22,7 @@ from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.requests import ClientGone, Runner, Running
 from jaxlab.serving.schemas import AddBody, ChatBody, CompletionBody, SearchBody
 from jaxlab.serving.settings import KEY_VARIABLE, Settings
+from jaxlab.serving.watch import BankWatch
 
 # What the client of a request that it gave up would be answered.
 _GONE = Response(status_code=499)
@@ -32,6 +35,7 @@ class Server:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine)
         self.runner = Runner(engine, settings, self.metrics)
+        self.watch = BankWatch(engine.reader, settings.reload_seconds)
         self.draining = False
 
     @property
@@ -52,6 +56,11 @@ class Server:
         if (problem := self.problem()) is not None:
             raise ApiError(503, problem)
 
+    def require_bank(self) -> None:
+        """Raise ApiError when the bank is of no more use."""
+        if self.watch.problem is not None:
+            raise ApiError(503, self.watch.problem)
+
     def require_model(self, name: str) -> None:
         """Raise ApiError for another model than this one."""
         if name != self.name:
@@ -59,9 +68,10 @@ class Server:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def require_reader(self) -> Any:
-        """The reader; raises ApiError where the server has no bank."""
+        """The reader; raises ApiError where the server has no bank, or one of no more use."""
         if self.engine.reader is None:
             raise ApiError(400, "this server was started without a bank")
+        self.require_bank()
         return self.engine.reader
 
     def check_key(self, given: str | None) -> None:
@@ -76,7 +86,18 @@ class Server:
 
 def create_app(engine: Any, settings: Settings) -> FastAPI:
     """The application over an engine that runs; ``app.state.server`` is its :class:`Server`."""
+
+    @contextlib.asynccontextmanager
+    async def watching(_: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.create_task(server.watch.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    server = Server(engine, settings)
     app = FastAPI(
+        lifespan=watching,
         title="jaxlab",
         version=__version__,
         description="Language models that read explicit memory, with citations.",
@@ -84,7 +105,7 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.server = server = Server(engine, settings)
+    app.state.server = server
     handle_errors(app)
     app.add_middleware(LimitBody, limit=settings.body_bytes)
     app.add_middleware(CheckHost, hosts=settings.hosts)
@@ -139,6 +160,8 @@ def _add_generation(app: FastAPI, server: Server, allowed: Any) -> None:
 async def _answer(server: Server, form: Form, body: Any, http: HttpRequest) -> Response:
     server.require_open()
     server.require_model(body.model)
+    if body.memory != "off":
+        server.require_bank()
     running = await server.runner.start(body.request())
     answer = Answer(form, server.name, running.ticket.prompt_tokens)
     if body.stream:
@@ -213,8 +236,8 @@ def _add_pages(app: FastAPI, server: Server) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Whether requests are taken, and why not."""
-        problem, reader = server.problem(), server.engine.reader
+        """Whether requests are taken and the bank is of use, and why not."""
+        problem, reader = server.problem() or server.watch.problem, server.engine.reader
         body = {
             "status": "ok" if problem is None else "unavailable",
             "model": server.name,

@@ -32,8 +32,17 @@ def add_commands(
     serve.add_argument("--request-seconds", type=float, default=300.0, metavar="S", help=seconds)
     drain = "time that running requests get when the server is stopped (30)"
     serve.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help=drain)
+    reload = "time between two looks at what others did to the bank; 0: never (5)"
+    serve.add_argument("--reload-seconds", type=_seconds, default=5.0, metavar="S", help=reload)
     key = "let only those generate and search who have the key of JAXLAB_API_KEY"
     serve.add_argument("--require-key", action="store_true", help=key)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds, or 0")
+    return value
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -52,6 +61,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         max_waiting=arguments.max_waiting,
         request_seconds=arguments.request_seconds,
         drain_seconds=arguments.drain_seconds,
+        reload_seconds=arguments.reload_seconds,
         require_key=arguments.require_key,
         hosts=hosts_of(arguments.host),
     )

@@ -15,6 +15,7 @@ KEY_VARIABLE = "JAXLAB_API_KEY"
 class Settings:
     """Limits of a server; ``api_key`` None: nobody may add to the bank.
 
+    Every ``reload_seconds`` what others did to the bank is taken over; 0: never.
     ``hosts`` are the names under which it may be asked, without a port; None: any.
 
     Raises ConfigError for a key that no client could send.
@@ -24,6 +25,7 @@ class Settings:
     max_waiting: int = 64
     request_seconds: float = 300.0
     drain_seconds: float = 30.0
+    reload_seconds: float = 5.0
     require_key: bool = False
     hosts: frozenset[str] | None = None
     api_key: str | None = dataclasses.field(default=None, repr=False)

@@ -11,6 +11,7 @@ import uvicorn
 
 from jaxlab.errors import BankError, DataError
 from jaxlab.inference.requests import Citation, Event, TokenLogprob
+from jaxlab.memory.read import RewrittenError
 from jaxlab.memory.retrieve import Hits
 from jaxlab.serving.app import create_app
 from jaxlab.serving.run import listen
@@ -32,16 +33,23 @@ class Stored:
 class FakeReader:
     """Finds references in their order; what is added comes behind them.
 
-    ``broken`` is what is wrong with the bank.
+    ``broken`` is what is wrong with the bank; ``deleted`` are texts, and ``rewritten`` is whether
+    rows were numbered anew, which it finds out when it looks again.
     """
 
     def __init__(self):
         self.stored = [Stored(text, f"source {n}") for n, text in enumerate(TEXTS)]
         self.bank = self
-        self.broken = None
+        self.broken, self.rewritten, self.deleted = None, False, set()
 
     def __len__(self):
         return len(self.stored)
+
+    def refresh(self):
+        if self.rewritten:
+            raise RewrittenError("bank /srv/b was rewritten")
+        self._work()
+        self.stored = [one for one in self.stored if one.text not in self.deleted]
 
     def references(self, rows):
         return [self.stored[row] for row in rows]

@@ -85,6 +85,44 @@ def test_a_bank_that_cannot_is_the_fault_of_the_server(server, engine, caplog, p
     assert "the disk is full" in said(response)["message"] and "the disk is full" in caplog.text
 
 
+def test_what_others_do_to_the_bank_is_taken_over_or_told(engine, caplog):
+    reader = engine.reader
+    with (
+        served(engine, api_key=KEY, reload_seconds=0.01) as (url, _),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+        reader.broken = "it cannot be reached"
+        until(lambda: "it cannot be reached" in caplog.text)
+        assert http.get("/health").status_code == 200  # it may be there the next time
+        reader.broken, reader.deleted = None, {TEXTS[0]}
+        until(lambda: http.get("/health").json()["references"] == 2)
+        found = http.post("/memory/search", json={"query": "fox"}).json()["references"]
+        assert [one["text"] for one in found] == TEXTS[1:]
+        reader.rewritten = True
+        until(lambda: http.get("/health").status_code == 503)
+        assert "start the server again" in http.get("/health").json()["reason"]
+        key = {"Authorization": f"Bearer {KEY}"}
+        for path, body in (
+            ("/v1/completions", BODY),
+            ("/v1/completions", BODY | {"memory": "text"}),
+            ("/memory/search", {"query": "fox"}),
+            ("/memory/add", {"references": [{"text": "a", "source": "b"}]}),
+        ):
+            response = http.post(path, json=body, headers=key)
+            assert response.status_code == 503
+            assert "start the server again" in said(response)["message"]
+        response = http.post("/v1/completions", json=BODY | {"memory": "off"})
+        assert response.status_code == 200
+    assert caplog.text.count("it cannot be reached") == 1
+
+
+def test_a_server_that_is_told_to_looks_at_its_bank_never_again(engine):
+    engine.reader.rewritten = True
+    with served(engine, reload_seconds=0.0) as (url, app):
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert app.state.server.watch.problem is None
+
+
 @pytest.mark.parametrize("key", ["schlüssel", "a\n", " a"])
 def test_a_key_that_no_header_carries_is_one_clear_error(monkeypatch, key):
     monkeypatch.setenv(KEY_VARIABLE, key)

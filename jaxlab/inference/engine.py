@@ -140,22 +140,20 @@ class Engine:
 
     def _encoded(self, request: Request) -> list[int]:
         prompt = self.model.tokenizer.encode(request.prompt)
-        whole = 1 + len(prompt) + request.max_tokens
-        if request.memory == "text":
-            self._require_reader()
-            whole += most_tokens(self.reader, self.model.tokenizer)
-        if whole > self.context:
-            most = " at most" if request.memory == "text" else ""
+        if request.memory in ("text", "shuffled") and self.reader is None:
             raise DataError(
-                f"the prompt has {len(prompt)} tokens; with <s> and {request.max_tokens} to "
-                f"generate that is {whole}{most}, the context holds {self.context}: shorten the "
-                "prompt or ask for fewer tokens"
+                f'memory is "{request.memory}", but there is no bank to find references in'
+            )
+        whole, rest = 1 + len(prompt) + request.max_tokens, f"{request.max_tokens} to generate"
+        if request.memory == "text":
+            before = most_tokens(self.reader, self.model.tokenizer)
+            whole, rest = whole + before, f"{rest}, and {before} kept free for references,"
+        if whole > self.context:
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens; with <s> and {rest} that is {whole}, the "
+                f"context holds {self.context}: shorten the prompt or ask for fewer tokens"
             )
         return prompt
-
-    def _require_reader(self) -> None:
-        if self.reader is None:
-            raise DataError('memory is "text", but there is no bank to find references in')
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.

@@ -53,10 +53,12 @@ def test_the_references_count_before_anything_is_searched(reader, model):
     engine = Engine(model, reader, rows=1)
     room = most_tokens(reader, model.tokenizer)
     assert engine.check(Request("a" * 20, max_tokens=127 - 20 - room, memory="text")) == 20
-    with pytest.raises(DataError, match="129 at most, the context holds 128"):
+    told = f"and {room} kept free for references, that is 129, the context holds 128"
+    with pytest.raises(DataError, match=told):
         engine.check(Request("a" * 20, max_tokens=128 - 20 - room, memory="text"))
-    with pytest.raises(DataError, match="no bank to find references in"):
-        Engine(model, rows=1).check(Request("a", max_tokens=1, memory="text"))
+    for mode in ("text", "shuffled"):
+        with pytest.raises(DataError, match=f'"{mode}", but there is no bank to find references'):
+            Engine(model, rows=1).check(Request("a", max_tokens=1, memory=mode))
 
 
 def test_every_text_of_the_bank_fits(reader):

@@ -10,10 +10,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from jaxlab.errors import ConfigError, DataError, JaxlabError
+from jaxlab.errors import BankError, ConfigError, DataError, JaxlabError
+from jaxlab.memory.read import RewrittenError
 
 log = logging.getLogger(__name__)
 
+REWRITTEN = "the bank was compacted or repaired: start the server again"
+BANK_FAILED = "the bank could not be read or written; the server's log says why"
+FAILED = "the server failed; its log says why"
+# The type of what pydantic says of a field that has a value of no effect here.
+UNSUPPORTED = "unsupported"
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -66,8 +72,12 @@ def handle_errors(app: FastAPI) -> None:
     async def of_jaxlab(_: Request, error: JaxlabError) -> JSONResponse:
         if isinstance(error, DataError | ConfigError):
             return ApiError(400, str(error)).response()
+        # It may name paths of this machine, which are not for clients.
         log.error("a request failed: %s", error)
-        return ApiError(500, str(error)).response()
+        if isinstance(error, RewrittenError):
+            return ApiError(503, REWRITTEN).response()
+        bank = isinstance(error, BankError)
+        return ApiError(500, BANK_FAILED if bank else FAILED).response()
 
     @app.exception_handler(RequestValidationError)
     async def of_body(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -77,6 +87,9 @@ def handle_errors(app: FastAPI) -> None:
         place = ".".join(p for p in parts if p.isidentifier() or p.isdigit()) or None
         if first["type"] == "json_invalid":
             return ApiError(400, "the body is not JSON").response()
+        if first["type"] == UNSUPPORTED:
+            place = ".".join(filter(None, (place, first["ctx"]["field"])))
+            return ApiError(400, f"{place} {first['msg']}", param=place).response()
         reason = first["msg"].removeprefix("Value error, ")
         # What was given may be anything; it is not repeated.
         return ApiError(400, f"{place or 'the body'}: {reason}", param=place).response()
@@ -92,7 +105,7 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def of_server(_: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
-        return ApiError(500, "the server failed; its log says why").response()
+        return ApiError(500, FAILED).response()
 
 
 def _closest(errors: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A request on its way through the engine, as a stream of events that ends when its client goes."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +14,8 @@ from jaxlab.inference.requests import Event, Request
 from jaxlab.serving.errors import ApiError
 from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -89,7 +92,8 @@ class Running:
                 self._note(event)
                 finish = event.finish
                 if finish == "error":
-                    raise ApiError(500, event.error or "the engine failed")
+                    log.error("an answer broke off: %s", event.error)
+                    raise ApiError(500, "the answer broke off; the server's log says why")
                 if finish == "cancelled":
                     raise ApiError(503, "the request was cancelled: the server is going down")
                 yield event

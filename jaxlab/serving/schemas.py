@@ -9,10 +9,19 @@ import reprlib
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from jaxlab.inference.requests import MOST_ALTERNATIVES, Request
 from jaxlab.inference.sampling import Sampling
+from jaxlab.serving.errors import UNSUPPORTED
 
 _MOST_TOKENS = 1 << 20
 
@@ -23,6 +32,13 @@ def _is_unicode(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no text") from None
     return text
+
+
+def _is_one_text(given: Any) -> Any:
+    texts = given if isinstance(given, list) else [given]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise ValueError("a prompt is text, one in each request; ids of tokens are not taken")
+    return given
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
@@ -50,7 +66,8 @@ class _Body(BaseModel):
             if name not in self.neutral:
                 raise ValueError(f"{reprlib.repr(name)} is not a field that this server knows")
             if value is not None and value not in self.neutral[name]:
-                raise ValueError(f"{name} is not supported by this server")
+                said = "is not supported by this server"
+                raise PydanticCustomError(UNSUPPORTED, said, {"field": name})
         return self
 
 
@@ -142,7 +159,10 @@ class _Generation(_Body):
 class CompletionBody(_Generation):
     """A text to continue."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: Annotated[
+        Text | Annotated[list[Text], Field(min_length=1, max_length=1)],
+        BeforeValidator(_is_one_text),
+    ]
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
 
     def request(self) -> Request:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlab.errors import BankError
 from jaxlab.memory.read import RewrittenError
+from jaxlab.serving.errors import REWRITTEN
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class BankWatch:
             self._told = ""
         except RewrittenError as error:
             log.error("%s", error)
-            self.problem = "the bank was compacted or repaired: start the server again"
+            self.problem = REWRITTEN
         except Exception as error:  # a bank that cannot be reached now may be there the next time
             if self._told != str(error):
                 self._told = str(error)

@@ -162,8 +162,9 @@ def test_models_are_listed_and_found(client):
         (dict(logprobs=99), "logprobs: Input should be less"),
         (dict(stop=["a"] * 5), "stop: List should have at most 4 items"),
         (dict(stop=[""]), "stop.0: String should have at least 1 character"),
-        (dict(prompt=["a", "b"]), "prompt: List should have at most 1 item"),
-        (dict(prompt=[[1, 2]]), "prompt: Input should be a valid string"),
+        (dict(prompt=["a", "b"]), "prompt: a prompt is text, one in each request"),
+        (dict(prompt=[[1, 2]]), "prompt: a prompt is text"),
+        (dict(prompt=[1, 2, 3]), "ids of tokens are not taken"),
         (dict(extra_body={"memory": "loud"}), "memory: Input should be 'on', 'off'"),
         (dict(extra_body={"repetition_penalty": 1.3}), "repetition_penalty is not supported"),
         (dict(extra_body={"min_p": 0.1}), "min_p is not supported"),
@@ -179,6 +180,17 @@ def test_models_are_listed_and_found(client):
 def test_what_cannot_be_done_is_refused_with_a_reason(client, options, message):
     with pytest.raises(openai.BadRequestError, match=message):
         complete(client, **options)
+
+
+def test_a_field_that_is_not_supported_is_named(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        complete(client, n=2)
+    said = error.value.body
+    assert (said["param"], said["message"]) == ("n", "n is not supported by this server")
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]
+    with pytest.raises(openai.BadRequestError) as error:
+        chat(client, messages=messages)
+    assert error.value.param == "messages.0.tool_calls"
 
 
 def test_values_that_change_nothing_are_taken(client):

@@ -234,6 +234,7 @@ def _search(reader: Any, body: SearchBody) -> dict[str, Any]:
 def _add_pages(app: FastAPI, server: Server) -> None:
     page: Callable[[], str] = (resources.files(__package__) / "page.html").read_text
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether requests are taken and the bank is of use, and why not."""
@@ -251,6 +252,7 @@ def _add_pages(app: FastAPI, server: Server) -> None:
         """Figures in the format of Prometheus."""
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
         """A page that streams an answer beside the references that are read."""

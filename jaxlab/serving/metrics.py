@@ -9,6 +9,22 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # What is so much at a time; the rest only grows.
 _GAUGES = {"waiting", "running", "cache_bytes"}
+# What each figure of the engine (:meth:`jaxlab.inference.engine.Engine.stats`) says.
+HELP = {
+    "waiting": "Requests that wait for a row",
+    "running": "Requests that have a row: their prompt is read or their answer written",
+    "requests": "Requests that were queued",
+    "prompt_tokens": "Tokens of prompts that were read",
+    "generated_tokens": "Tokens of answers, those after a stop string among them",
+    "refreshes": "Searches for chunks that were completed while an answer was written",
+    "steps": "Steps of decoding, each of one token for every row that is ready",
+    "cache_hits": "Memories that were read from RAM",
+    "cache_misses": "Memories that were read from the bank",
+    "cache_bytes": "Bytes of memories that are kept in RAM",
+    "seconds_embed": "Time spent on embedding what is searched for",
+    "seconds_search": "Time spent on searching the index",
+    "seconds_load": "Time spent on loading memories, encoding those that were cold among it",
+}
 
 
 class Metrics:
@@ -42,5 +58,4 @@ class _OfEngine:
     def collect(self) -> Iterator[Metric]:
         for name, value in self._engine.stats().items():
             kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
-            help_text = f"Of the engine: {name.replace('_', ' ')}"
-            yield kind(f"jaxlab_engine_{name}", help_text, value=value)
+            yield kind(f"jaxlab_engine_{name}", HELP[name], value=value)

@@ -5,6 +5,7 @@ import os
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from jaxlab.data.sources import Document
 from tests.serving.browser import installed_browser
 from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
 
@@ -58,7 +59,7 @@ def page(browser, engine, request):
         page.close()
     assert elsewhere == []
     # A refused request is told by the browser as well as by the page.
-    refused = ("400 (Bad Request)", "401 (Unauthorized)")
+    refused = ("400 (Bad Request)", "401 (Unauthorized)", "502 (Bad Gateway)")
     assert [line for line in complaints if not any(one in line for one in refused)] == []
 
 
@@ -150,3 +151,37 @@ def test_an_answer_that_breaks_off_says_why(page, engine):
     ask(page, "one two", max_tokens="5")
     expect(page.get_by_role("alert")).to_contain_text("the answer broke off")
     expect(page.get_by_role("button", name="Continue")).to_be_enabled()
+
+
+def test_what_a_proxy_says_in_place_of_the_server_is_shown_and_the_next_try_is_whole(page):
+    bad = {"status": 502, "content_type": "text/html", "body": "<b>no upstream</b>"}
+    alert = page.get_by_role("alert")
+    page.route("**/v1/completions", lambda route: route.fulfill(**bad))
+    ask(page, "one two", max_tokens="2")
+    expect(alert).to_have_text("status 502: <b>no upstream</b>")
+    page.route("**/health", lambda route: route.fulfill(**bad))
+    page.reload()
+    expect(alert).to_contain_text("cannot be asked what it serves: status 502: <b>no upstream</b>")
+    ask(page, "one two", max_tokens="2")
+    expect(alert).to_contain_text("cannot be asked what it serves")  # and not: no model ""
+    page.unroute("**/health")
+    page.unroute("**/v1/completions")
+    ask(page, "one two", max_tokens="2")
+    expect(page.locator("#text")).to_have_text(" one two")
+    expect(page.locator("#model")).to_have_text("echo, 3 references")
+    expect(alert).to_have_text("")
+
+
+def test_an_answer_that_is_cut_off_does_not_look_whole(page):
+    piece = 'data: {"choices": [{"text": " one"}]}\n\n'
+    sent = {"status": 200, "content_type": "text/event-stream"}
+    page.route("**/v1/completions", lambda route: route.fulfill(**sent, body=piece))
+    ask(page, "one two", max_tokens="2")
+    expect(page.locator("#text")).to_have_text(" one")
+    expect(page.get_by_role("alert")).to_contain_text("cut off")
+
+
+def test_the_count_of_references_is_that_after_the_last_answer(page, engine):
+    engine.reader.add([Document("new", "Snow falls.")])
+    ask(page, "one two", max_tokens="2")
+    expect(page.locator("#model")).to_have_text("echo, 4 references")

@@ -10,7 +10,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxlab.errors import ConfigError, DataError
+from jaxlab.inference.engine import Engine
+from jaxlab.serving.metrics import HELP
 from jaxlab.serving.settings import KEY_VARIABLE, Settings, hosts_of
+from tests.inference.small import small_bank, small_model, small_reader
 from tests.serving.fakes import BODY, KEY, SECONDS, TEXTS, FakeEngine, said, served, until
 
 
@@ -358,6 +361,22 @@ def test_a_server_that_goes_down_takes_nothing_more(server):
     assert http.get("/health").status_code == 503
     response = http.post("/v1/completions", json=BODY)
     assert response.status_code == 503 and "going down" in said(response)["message"]
+
+
+def test_a_head_is_answered_as_its_get_without_the_body(server):
+    http, state = server
+    for path in ("/", "/health"):
+        head, whole = http.head(path), http.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["Content-Length"] == whole.headers["Content-Length"]
+    state.draining = True
+    assert http.head("/health").status_code == 503
+
+
+def test_every_figure_of_the_engine_is_explained(tmp_path):
+    engine = Engine(small_model(), small_reader(small_bank(tmp_path)), rows=1)
+    assert set(engine.stats()) == set(HELP)
+    engine.close()
 
 
 def test_figures_are_those_of_the_requests_and_of_the_engine(server):

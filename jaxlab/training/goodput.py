@@ -23,8 +23,8 @@ class Goodput:
     ``lost`` are steps that were done after the last checkpoint of a process that was killed, and
     are done again; ``down`` is the time between its last sign of life and the next start. Time
     outside every ``measure`` is reported as ``other``. Nested measures count once, for the inner
-    activity. ``beat`` is told of every activity that begins. A start of a run that has the file is
-    written into it at once, and again when ``init`` ends: it may not come to its first step.
+    activity. ``beat`` is told of every activity that begins. A start is written down by its first
+    :meth:`sign_of_life`: one that was refused changes no file.
     """
 
     ACTIVITIES = ("init", "compile", "data", "step", "evaluate", "save")
@@ -64,7 +64,6 @@ class Goodput:
         self._seconds["step"] -= unsaved
         self._seconds["lost"] += unsaved
         self._seconds["down"] += max(self._wall() - alive, 0.0)
-        self._write()
 
     @contextlib.contextmanager
     def measure(self, activity: str) -> Iterator[None]:
@@ -80,8 +79,6 @@ class Goodput:
             self._turn()
             self._active.pop()
             self._beat(self._active[-1])
-            if activity == "init" and self._file is not None and self._file.exists():
-                self._write()
 
     def saved(self) -> None:
         """All steps up to now are in a checkpoint."""

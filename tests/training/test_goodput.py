@@ -75,11 +75,14 @@ def test_a_start_that_dies_before_its_first_step_counts_with_its_time(tmp_path):
     first.saved()
     for number in (2, 3):
         clock.now += 10
-        dies = start(file, clock)
-        assert json.loads(file.read_text())["starts"] == dies.starts == number
-        with pytest.raises(RuntimeError), dies.measure("init"):
-            clock.now += 3
+        refused = start(file, clock)
+        with pytest.raises(RuntimeError), refused.measure("init"):
             raise RuntimeError
+        assert json.loads(file.read_text())["starts"] == number - 1
+        dies = start(file, clock)
+        spend(dies, clock, "init", 3)
+        dies.sign_of_life()
+        assert json.loads(file.read_text())["starts"] == dies.starts == number
     seconds = start(file, clock).seconds()
     assert (seconds["init"], seconds["down"], seconds["step"], seconds["lost"]) == (6, 20, 5, 0)
 

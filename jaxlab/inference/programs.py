@@ -169,11 +169,12 @@ def serving_parameters(graphdef: Any, params: PyTree, dtype: str) -> tuple[Any, 
     """Decoder and parameters as inference reads them: unstacked, matrices in the compute dtype.
 
     The model casts its matrices wherever it uses them, so nothing that it computes changes; but
-    decoding reads all of them for every token, and half the bytes take half the time.
+    decoding reads all of them for every token, and half the bytes take half the time. Arrays of the
+    host go to the device here, or they would go there for every token.
     """
 
     def cast(path, leaf):
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+        return jnp.asarray(leaf, leaf.dtype if path[-1].key == "scale" else dtype)
 
     graphdef, params = unstack(graphdef, params)
     return graphdef, jax.tree_util.tree_map_with_path(cast, params)

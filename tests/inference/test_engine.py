@@ -1,5 +1,8 @@
 """Laws of generation with memory: the cache against recomputation, when memories are renewed."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -249,6 +252,13 @@ def test_what_does_not_fit_is_an_error_before_anything_runs(engine_of):
 def test_a_model_without_memory_layers_cannot_read_a_bank(bank):
     with pytest.raises(ConfigError, match="no memory layers"):
         Engine(without_memory_layers(small_model()), small_reader(bank))
+
+
+def test_parameters_of_the_host_lie_on_the_device_once():
+    model = small_model()
+    there = jax.tree.map(np.asarray, model.params)
+    engine = Engine(dataclasses.replace(model, params=there), use_preface=True, rows=1)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(engine._given[0]))
 
 
 def test_without_bank_and_preface_it_is_the_ordinary_language_model(engine_of):

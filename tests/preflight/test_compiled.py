@@ -146,7 +146,7 @@ def test_decoding_and_writing_are_compiled_as_they_run(config, tmp_path, mode):
         ),
         (
             ("--topology", "v5e-8", "--set", "mesh.fsdp=1", "mesh.tensor=8"),
-            "mesh.tensor: 8 does not divide model.heads (4); of the sizes up to 8 these do: 1, 2",
+            "mesh.tensor: 8 does not divide model.heads (4); of what divides 8 devices these do: 1",
         ),
         (
             ("--topology", "v5e-8", "--stage", "late"),

@@ -28,3 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--update-golden")
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail; returns its one line."""
+    from jaxlab.cli import main
+
+    def run(*words) -> str:
+        assert main([str(word) for word in words]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return run

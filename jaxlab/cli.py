@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import os
 import shlex
 import sys
@@ -245,12 +244,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from jaxlab.inference import retrieval
     from jaxlab.inference.engine import Engine
     from jaxlab.inference.sampling import Sampling
 
-    # Errors written for the user come as the one line of the command, not as lines of a log, too.
-    retrieval.log.addFilter(_has_traceback)
     sampling = Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -279,10 +275,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     print()
     if arguments.cite:
         print_citations(answer.citations)
-
-
-def _has_traceback(record: logging.LogRecord) -> bool:
-    return record.exc_info is not None
 
 
 def _model_and_reader(arguments: argparse.Namespace):

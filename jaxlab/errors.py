@@ -15,8 +15,16 @@ class DataError(JaxlabError):
     """A corpus, a tokenizer or a prompt cannot be used."""
 
 
+class ClosedError(DataError):
+    """A request cannot be taken, whatever it is: the engine is being closed."""
+
+
 class BankError(JaxlabError):
     """A memory bank is damaged, incomplete, or belongs to another model."""
+
+
+class RewrittenError(BankError):
+    """The rows of a bank were numbered anew: what was opened before is of no more use."""
 
 
 class CheckpointError(JaxlabError):

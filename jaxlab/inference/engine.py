@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxlab.errors import DataError, JaxlabError
+from jaxlab.errors import ClosedError, DataError, JaxlabError
 from jaxlab.inference.augment import augment, most_tokens
 from jaxlab.inference.batching import Batch
 from jaxlab.inference.programs import Programs, empty_state, serving_parameters
@@ -159,8 +159,7 @@ class Engine:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.
 
         It must not block, and if it raises the request ends; the last event has ``finish``. Raises
-        DataError when the
-        request does not fit, and when the engine is closing.
+        DataError when the request does not fit, and ClosedError when the engine is closing.
         """
         prompt, cited = self._encoded(request), ()
         tokenizer = self.model.tokenizer
@@ -177,7 +176,7 @@ class Engine:
         sequence.cite(cited)
         with self._woken:
             if self._closing or self.failure is not None:
-                raise DataError("the engine takes no more requests: it is being closed")
+                raise ClosedError("the engine takes no more requests: it is being closed")
             self._batch.add(sequence)
         return Ticket(sequence, self._woken)
 

@@ -83,11 +83,10 @@ class Retrieval:
             return self._chunks(waiting)
         except Exception as error:
             if len(waiting) == 1:
-                known = isinstance(error, JaxlabError)
-                told = str(error) if known else repr(error)
-                trace = None if known else error
-                log.error("what a request reads could not be retrieved: %s", told, exc_info=trace)
-                return [(waiting[0][0], told)]
+                if isinstance(error, JaxlabError):
+                    return [(waiting[0][0], str(error))]
+                log.error("what a request reads could not be retrieved", exc_info=error)
+                return [(waiting[0][0], repr(error))]
         # One of them is at fault; the others shall not suffer.
         return [self._found([one])[0] for one in waiting]
 

@@ -36,10 +36,13 @@ def open_kvstore(url: str, context: ts.Context) -> Any:
         raise BankError(f"cannot open {url} as a place for a bank ({reason(error)})") from error
 
 
-def read_object(kvstore: Any, key: str, url: str) -> Any:
-    """Read one object; the answer's ``state`` is "missing" where there is none."""
+def read_object(kvstore: Any, key: str, url: str, *, unless: bytes | None = None) -> Any:
+    """Read one object; the answer's ``state`` is "missing" where there is none.
+
+    It is "unspecified" where the object is of the generation ``unless``, and not read.
+    """
     try:
-        return kvstore.read(key).result()
+        return kvstore.read(key, if_not_equal=unless).result()
     except Exception as error:
         raise BankError(f"bank {url}: cannot read {key} ({reason(error)})") from error
 

@@ -219,11 +219,14 @@ def append_to_bank(
     bank = Bank.open(url, identity=model.identity, write=True)
     embedder = bank.embedder(model_embed=model.embed_texts)
     stored = [_stored(references, row) for row in range(len(references))]
-    first = {one: row for row, one in reversed([*enumerate(stored)]) if one.text.strip()}
+    first: dict[StoredReference, int] = {}
+    for row, one in enumerate(stored):
+        if one.text.strip():
+            first.setdefault(one, row)
     if not first:
         raise DataError("nothing to add: the texts are white space alone")
     had = bank.has(stored)
-    new = [row for row in sorted(first.values()) if not had[row]]
+    new = [row for row in first.values() if not had[row]]
     encode = ReferenceEncoder(model) if new and not cold else None
     before = bank.rows
     progress = Progress(report, f"bank {url}", len(new))

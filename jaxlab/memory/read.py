@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jaxlab.data.overlap import exceeds
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError
-from jaxlab.memory.header import HEADER_FILE
+from jaxlab.errors import BankError, RewrittenError
 from jaxlab.memory.indexing import open_index
-from jaxlab.memory.objects import default_context, open_kvstore, reason
 from jaxlab.memory.recent import RecentMemories
 from jaxlab.memory.retrieve import Allowed, FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank, StoredMemories, StoredReference
@@ -30,10 +27,6 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 1 << 28
 Encode = Callable[[Sequence[StoredReference]], np.ndarray]
 Append = Callable[[Sequence[Document]], range]
-
-
-class RewrittenError(BankError):
-    """The rows of a bank were numbered anew: what was opened before is of no more use."""
 
 
 class MemoryReader:
@@ -140,16 +133,11 @@ class MemoryReader:
         bank cannot be read now; all stays as it was then.
         """
         with self._adding:
-            try:
-                found = self._place.read(HEADER_FILE, if_not_equal=self._generation).result()
-            except Exception as error:
-                url = self.bank.url
-                raise BankError(f"bank {url}: cannot read its header ({reason(error)})") from error
-            if found.state == "unspecified":  # it is the one that is known
-                return
-            self._take_over(self._grown())
             # Read before the bank: what was committed between is taken over the next time.
-            self._generation = found.stamp.generation
+            generation = self.bank.newer_header(self._generation)
+            if generation is not None:
+                self._take_over(self._grown())
+                self._generation = generation
 
     def _take_over(self, bank: Bank) -> None:
         bank.alive()  # raises where it cannot be read, before anything is taken over
@@ -160,10 +148,6 @@ class MemoryReader:
             if fresh is not None:
                 index.add(fresh)
             self.bank = bank
-
-    @functools.cached_property
-    def _place(self) -> Any:
-        return open_kvstore(self.bank.url, default_context())
 
     def _grown(self) -> Bank:
         """The bank as it is now; what is known of its rows here must still hold."""

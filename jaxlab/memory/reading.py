@@ -19,12 +19,14 @@ from jaxlab.errors import BankError
 from jaxlab.memory.access import ShardAccess
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
 from jaxlab.memory.header import (
+    HEADER_FILE,
     Header,
     IndexRecord,
     LostShard,
     Shard,
     StoredFile,
 )
+from jaxlab.memory.objects import read_object
 from jaxlab.memory.quantize import Codec
 from jaxlab.memory.shards import (
     CHECKSUM_BYTES,
@@ -122,6 +124,11 @@ class BankReader(ShardAccess):
     def index_fits(self) -> bool:
         """Whether the index is of this bank's rows; appended ones may be missing from it."""
         return self._header.index_fits()
+
+    def newer_header(self, known: bytes | None) -> bytes | None:
+        """The generation of the header that lies there now; None where it is the ``known`` one."""
+        found = read_object(self._kvstore, HEADER_FILE, self.url, unless=known)
+        return None if found.state == "unspecified" else found.stamp.generation
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.

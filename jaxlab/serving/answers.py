@@ -29,8 +29,7 @@ class Answer:
 
     def __init__(self, form: Form, model: str, prompt_tokens: int):
         self._form, self._prompt_tokens = form, prompt_tokens
-        self._tokens = self._offset = 0
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tokens, self._places = 0, _Places()
         self._frame = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -48,7 +47,7 @@ class Answer:
         text = "".join(event.text for event in self._events)
         logprobs = [one for event in self._events for one in event.logprobs]
         if self._events[-1].finish == "stop":
-            logprobs = self._within(text, logprobs)
+            logprobs = _within(text, logprobs)
         citations = [one for event in self._events for one in event.citations]
         content = {"message": {"role": "assistant", "content": text}} if self._form.chat else {}
         choice = {
@@ -95,31 +94,36 @@ class Answer:
             "total_tokens": self._prompt_tokens + self._tokens,
         }
 
-    def _within(self, text: str, said: list[TokenLogprob]) -> list[TokenLogprob]:
-        """Those that the text has a part of: not what a stop string cut off."""
-        ends, length = codecs.getincrementaldecoder("utf-8")("replace"), 0
-        for count, one in enumerate(said):
-            if length >= len(text):
-                return said[:count]
-            length += len(ends.decode(one.bytes))
-        return said
-
     def _logprobs(self, said: Any) -> dict[str, Any] | None:
         if not said:
             return None
         return _of_chat(said) if self._form.chat else self._of_completion(said)
 
     def _of_completion(self, said: list[TokenLogprob]) -> dict[str, Any]:
-        offsets = []
-        for one in said:
-            offsets.append(self._offset)
-            self._offset += len(self._characters.decode(one.bytes))
         return {
             "tokens": [_named(one.bytes) for one in said],
             "token_logprobs": [one.logprob for one in said],
             "top_logprobs": [{_named(said): p for _, said, p in one.alternatives} for one in said],
-            "text_offset": offsets,
+            "text_offset": [self._places.next(one) for one in said],
         }
+
+
+class _Places:
+    """Where tokens begin in the text that they make up, asked for one after the other."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._place = 0
+
+    def next(self, said: TokenLogprob) -> int:
+        begin, self._place = self._place, self._place + len(self._decoder.decode(said.bytes))
+        return begin
+
+
+def _within(text: str, said: list[TokenLogprob]) -> list[TokenLogprob]:
+    """Those that the text has a part of: not what a stop string cut off."""
+    places = _Places()
+    return [one for one in said if places.next(one) < len(text)]
 
 
 def _of_chat(said: list[TokenLogprob]) -> dict[str, Any]:

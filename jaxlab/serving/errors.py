@@ -10,8 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from jaxlab.errors import BankError, ConfigError, DataError, JaxlabError
-from jaxlab.memory.read import RewrittenError
+from jaxlab.errors import BankError, ConfigError, DataError, JaxlabError, RewrittenError
 
 log = logging.getLogger(__name__)
 

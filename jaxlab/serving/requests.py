@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from starlette.concurrency import run_in_threadpool
 
-from jaxlab.errors import DataError
+from jaxlab.errors import ClosedError
 from jaxlab.inference.requests import Event, Request
 from jaxlab.serving.errors import ApiError
 from jaxlab.serving.metrics import Metrics
@@ -51,10 +51,9 @@ class Runner:
         return running
 
     def _submit(self, request: Request, running: "Running") -> None:
-        self._engine.check(request)
         try:
             running.ticket = self._engine.submit(request, running.take)
-        except DataError as error:  # it fits, so the engine is closing
+        except ClosedError as error:
             raise ApiError(503, str(error)) from None
 
 

@@ -4,8 +4,7 @@ import asyncio
 import logging
 from typing import Any
 
-from jaxlab.errors import BankError
-from jaxlab.memory.read import RewrittenError
+from jaxlab.errors import BankError, RewrittenError
 from jaxlab.serving.errors import REWRITTEN
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ import pytest
 
 from jaxlab.data.overlap import overlap
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError
+from jaxlab.errors import BankError, RewrittenError
 from jaxlab.memory import pipeline
 from jaxlab.memory.embedders import ModelEmbedder
 from jaxlab.memory.indexing import build_index
 from jaxlab.memory.library import open_reader
-from jaxlab.memory.read import MemoryReader, RewrittenError
+from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.requantize import quantize_bank
 from jaxlab.memory.retrieve import FlatIndex, Hits, Retriever
 from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference

@@ -9,9 +9,8 @@ import types
 import numpy as np
 import uvicorn
 
-from jaxlab.errors import BankError, DataError
+from jaxlab.errors import BankError, DataError, RewrittenError
 from jaxlab.inference.requests import Citation, Event, TokenLogprob
-from jaxlab.memory.read import RewrittenError
 from jaxlab.memory.retrieve import Hits
 from jaxlab.serving.app import create_app
 from jaxlab.serving.run import listen
@@ -104,6 +103,7 @@ class FakeEngine:
         return count
 
     def submit(self, request, on_event):
+        self.check(request)
         ticket = FakeTicket(len(request.prompt.split()))
         with self.submitted:
             self.requests.append(request)

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxlab.errors import ConfigError, DataError
+from jaxlab.errors import ClosedError, ConfigError
 from jaxlab.inference.engine import Engine
 from jaxlab.serving.metrics import HELP
 from jaxlab.serving.settings import KEY_VARIABLE, Settings, hosts_of
@@ -285,7 +285,7 @@ def test_a_request_that_comes_while_the_engine_closes_is_told_so(server, engine)
     http, _ = server
 
     def closing(*_):
-        raise DataError("the engine takes no more requests: it is being closed")
+        raise ClosedError("the engine takes no more requests: it is being closed")
 
     engine.submit = closing
     response = http.post("/v1/completions", json=BODY)

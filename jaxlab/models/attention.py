@@ -5,10 +5,11 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlab.models.layers import normal, project, rotate
+from jaxlab.models.layers import join, normal, project, rotate
 from jaxlab.sharding.ops import by_device
 from kernels_pallas.memory_attention import ChunkGrid, memory_attention
 from kernels_pallas.memory_decode import memory_decode
@@ -92,6 +93,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.theta = theta
+        self.kv_shape = (kv_heads, head_dim)
         into = ("layers", "embed", "heads", "head_dim")
         into_kv = ("layers", "embed", "kv_heads", "head_dim")
         out = ("layers", "heads", "head_dim", "embed")
@@ -151,8 +153,8 @@ class Attention(nnx.Module):
         With a grid, a token reads the slots of its own chunk among several: not that op's work.
         """
         if query.shape[1] > 1 or plan.grid is not None:
-            heads = (self.key.shape[-2], self.key.shape[-1])
-            apart = KeyValues(*(part.reshape(*part.shape[:2], *heads) for part in cache))
+            apart = (part.reshape(*part.shape[:2], *self.kv_shape) for part in cache)
+            apart = KeyValues(*apart)
             return self.read(query, apart, plan, preface=preface, slots=slots)
         preface, slots = (_of_dtype(part, query.dtype) for part in (preface, slots))
         out = by_device(
@@ -170,6 +172,20 @@ class Attention(nnx.Module):
             DECODE_NAMES["query"],
         )
         return project(out[:, None], self.output[...], inputs=2)
+
+
+class JoinedAttention(Attention):
+    """The same of one layer with its three inner projections in one, made of :class:`Attention`."""
+
+    def __init__(self, apart: Attention):
+        self.theta, self.kv_shape, self.output = apart.theta, apart.kv_shape, apart.output
+        self.inner = join(apart.query, apart.key, apart.value)
+
+    def project(self, x: Float[Array, "B T D"]) -> Projected:
+        """Queries, keys (neither rotated) and values of one layer."""
+        heads = project(x, self.inner[...])
+        count, kv_heads = heads.shape[2], self.kv_shape[0]
+        return Projected(*jnp.split(heads, (count - 2 * kv_heads, count - kv_heads), axis=2))
 
 
 def _of_dtype(part: KeyValues | None, dtype) -> KeyValues | None:

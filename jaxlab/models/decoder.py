@@ -19,9 +19,16 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlab.config import ModelConfig
-from jaxlab.models.attention import Attention, KeyValues, ReadingPlan, Slots, write_into
+from jaxlab.models.attention import (
+    Attention,
+    JoinedAttention,
+    KeyValues,
+    ReadingPlan,
+    Slots,
+    write_into,
+)
 from jaxlab.models.cache import Cache
-from jaxlab.models.layers import RMSNorm, SwiGLU, normal
+from jaxlab.models.layers import JoinedSwiGLU, RMSNorm, SwiGLU, normal
 from jaxlab.sharding.rules import constrain, is_spread, parameter_shardings
 from kernels_pallas.memory_attention import ChunkGrid
 
@@ -207,16 +214,22 @@ def unstack(graphdef: nnx.GraphDef, params: PyTree) -> tuple[nnx.GraphDef, PyTre
     """The same decoder with the parameters of each layer in arrays of their own.
 
     For inference: a scan copies each layer's weights and cache out of the stacked arrays, which on
-    a CPU takes 2 to 4 times as long as the products themselves. Not for training.
+    a CPU takes 2 to 4 times as long as the products themselves. What is multiplied with the same
+    input lies in one array, too: fewer and larger products. Not for training.
     """
     decoder = nnx.merge(graphdef, params)
     for place, stack in enumerate(decoder.stacks):
         layer, stacked = nnx.split(stack)
         count = jax.tree.leaves(stacked)[0].shape[0]
         parts = [jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(count)]
-        decoder.stacks[place] = nnx.List([nnx.merge(layer, part) for part in parts])
+        decoder.stacks[place] = nnx.List([_joined(nnx.merge(layer, part)) for part in parts])
     graphdef, state = nnx.split(decoder)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def _joined(layer: Block) -> Block:
+    layer.attention, layer.mlp = JoinedAttention(layer.attention), JoinedSwiGLU(layer.mlp)
+    return layer
 
 
 def first_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:

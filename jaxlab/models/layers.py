@@ -49,6 +49,11 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
+def join(*weights: nnx.Param, axis: int = 1) -> nnx.Param:
+    """Weights side by side, so that one product does what several did: for inference."""
+    return nnx.Param(jnp.concatenate([one[...] for one in weights], axis))
+
+
 def project(x: Float[Array, "... _"], weights: Float[Array, "..."], *, inputs: int = 1):
     """Matrix product of the last ``inputs`` axes of x with as many leading axes of the weights.
 
@@ -72,5 +77,18 @@ class SwiGLU(nnx.Module):
         self.down = normal(rngs, out, ("layers", "ffn", "embed"), out_std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = project(x, self.gate[...]), project(x, self.up[...])
+        gate, up = self._gate_and_up(x)
         return project(jax.nn.silu(gate) * up, self.down[...])
+
+    def _gate_and_up(self, x):
+        return project(x, self.gate[...]), project(x, self.up[...])
+
+
+class JoinedSwiGLU(SwiGLU):
+    """The same of one layer with gate and up in one matrix, made of a :class:`SwiGLU`."""
+
+    def __init__(self, apart: SwiGLU):
+        self.gate_up, self.down = join(apart.gate, apart.up), apart.down
+
+    def _gate_and_up(self, x):
+        return jnp.split(project(x, self.gate_up[...]), 2, axis=-1)

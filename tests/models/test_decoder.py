@@ -13,7 +13,7 @@ from jaxlab.config import ModelConfig
 from jaxlab.memory.write import as_slots
 from jaxlab.models.attention import Slots
 from jaxlab.models.cache import empty_cache
-from jaxlab.models.decoder import context_start, parameter_count
+from jaxlab.models.decoder import context_start, parameter_count, unstack
 from jaxlab.models.presets import PRESETS
 from kernels_pallas.memory_attention import ChunkGrid
 from tests.models.tiny import (
@@ -224,3 +224,16 @@ def test_packed_texts_are_not_continued_from_a_cache():
     cache = empty_cache(decoder.config, batch=2, length=8)
     with pytest.raises(ValueError, match="cannot be continued from a cache"):
         decoder(tokens, segments=jnp.zeros((2, 4), jnp.int32), cache=cache)
+
+
+def test_a_decoder_with_its_layers_apart_and_their_products_joined_computes_the_same():
+    decoder = tiny_decoder()
+    preface, slots = memories_for(decoder, batch=2, chunks=1)
+    tokens = random_tokens(1, 2, 9)
+    reads = dict(preface=preface, slots=slots, start=START)
+    graphdef, params = nnx.split(decoder)
+    apart = nnx.merge(*unstack(graphdef, nnx.to_pure_dict(params)))
+    weights = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(apart))}
+    assert "inner" in weights and not weights & {"query", "key", "value", "gate", "up"}
+    whole = logits(decoder, tokens, **reads)
+    np.testing.assert_allclose(logits(apart, tokens, **reads), whole, rtol=0, atol=1e-5)

@@ -42,8 +42,8 @@ class Local:
     devices: virtual CPU devices of each process; None: the machine's own devices. restarts: how
     often in a row it is started again; a start that lasted ``healthy`` seconds begins a new row,
     and one signal that the program sends itself (SIGABRT, SIGSEGV) ends a row after three.
-    grace: seconds to save in after SIGTERM, and to end in when others are done. log_dir: a file for
-    each worker there; None: lines go to stdout, with the worker's number. again: what a worker
+    grace: seconds to save in after a signal, and to end in when others are done. log_dir: a file
+    for each worker there; None: lines go to stdout, with the worker's number. again: what a worker
     tells its user to start the run with again.
     """
 
@@ -218,7 +218,8 @@ class LocalLauncher:
                 if worker not in codes and child.poll() is not None:
                     codes[worker] = child.returncode
                     patience = self._run.grace if child.returncode in (0, 75) else _AFTER_FAILURE
-                    deadline = min(deadline, self._clock() + patience)
+                    if told is None:  # else all have the grace, however the others end
+                        deadline = min(deadline, self._clock() + patience)
             if self._signal not in (None, told):
                 told = self._signal
                 self._tell(told)

@@ -1,5 +1,6 @@
 """Processes on this machine: started, watched, started again, and never left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from launch import local
 from launch.local import Local, LocalLauncher, delay, worker_environment
+
+ROOT = Path(__file__).parents[2]
 
 # A worker: what it does depends on its number and on how many starts there were.
 WORKER = """
@@ -134,7 +138,7 @@ def pod_local(*words: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "."},
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
 
 
@@ -187,7 +191,7 @@ def launcher_of(folder: Path, code: str) -> subprocess.Popen:
         [sys.executable, "-m", "launch.pod", "local", "--devices", "0", "--", *worker],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
 
 
@@ -207,6 +211,32 @@ def test_signals_are_passed_on_and_nothing_starts_again(tmp_path, number, ends_w
     out, _ = launched.communicate(timeout=60)
     assert launched.returncode == ends_with
     assert "start 2" not in out
+
+
+def test_who_saves_keeps_the_grace_when_the_others_end_by_the_signal(tmp_path, monkeypatch):
+    """What is left for those that lost a partner is much shorter."""
+    monkeypatch.setattr(local, "_AFTER_FAILURE", 0.1)
+    ready = []
+
+    def say(line: str) -> None:
+        if "ready" in line:
+            ready.append(line)
+            if len(ready) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    saves = """
+def save(*_):
+    time.sleep(1.5)
+    open(f"{folder}/saved", "w").close()
+    sys.exit(75)
+if me == 0:
+    signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    worker = (sys.executable, "-c", WORKER + saves, str(tmp_path))
+    LocalLauncher(Local(worker, grace=30.0), say=say).launch()
+    assert (tmp_path / "saved").exists()
 
 
 def test_workers_do_not_outlive_a_launcher_that_was_killed(tmp_path):

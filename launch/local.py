@@ -113,10 +113,11 @@ class LocalLauncher:
         self._workers: dict[int, subprocess.Popen] = {}
         self._pumps: list[threading.Thread] = []
         self._signal: int | None = None
+        self._at_once = False  # a second Ctrl-C does not wait
 
     def launch(self) -> int:
         """Run to the end; the exit code that says how it ended."""
-        former = {n: signal.signal(n, self._passed_on) for n in (signal.SIGINT, signal.SIGTERM)}
+        former = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._launch()
         finally:
@@ -224,7 +225,7 @@ class LocalLauncher:
                 told = self._signal
                 self._tell(told)
                 deadline = self._clock() + self._run.grace
-            if self._clock() > deadline:
+            if self._at_once or self._clock() > deadline:
                 break
             time.sleep(_LOOK_SECONDS)
         late = dict.fromkeys(self._workers.keys() - codes.keys(), -signal.SIGKILL)
@@ -240,9 +241,9 @@ class LocalLauncher:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    def _passed_on(self, number: int, _: Any) -> None:
-        if self._signal == number == signal.SIGINT:
-            self._end_all()  # a second Ctrl-C does not wait
+    def _note(self, number: int, _: Any) -> None:
+        """No more than that: it may have come while this thread waits for a child, with its lock."""
+        self._at_once |= self._signal == number == signal.SIGINT
         self._signal = number
 
     def _end_all(self) -> None:

@@ -213,6 +213,36 @@ def test_signals_are_passed_on_and_nothing_starts_again(tmp_path, number, ends_w
     assert "start 2" not in out
 
 
+# Its killed workers take two seconds to go, as one does whose memory is given back.
+SLOW_TO_GO = """
+import os, sys, threading
+from launch.local import Local, LocalLauncher
+kill = os.killpg
+os.killpg = lambda *words: threading.Timer(2.0, kill, words).start()
+worker = "import signal, time; signal.signal(2, signal.SIG_IGN); print('ready', flush=True)"
+command = (sys.executable, "-c", worker + "; time.sleep(600)")
+sys.exit(LocalLauncher(Local(command, processes=1, devices=None)).launch())
+"""
+
+
+@pytest.mark.parametrize("presses", [2, 3])
+def test_a_second_ctrl_c_does_not_wait_and_a_third_does_not_hang(presses):
+    """Though a killed worker takes its time to go."""
+    launched = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_GO], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    while "ready" not in launched.stdout.readline():
+        pass
+    for _ in range(presses):
+        launched.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    try:
+        out, _ = launched.communicate(timeout=30)
+    finally:
+        launched.kill()
+    assert launched.returncode == 137 and "told to stop (SIGINT)" in out
+
+
 def test_who_saves_keeps_the_grace_when_the_others_end_by_the_signal(tmp_path, monkeypatch):
     """What is left for those that lost a partner is much shorter."""
     monkeypatch.setattr(local, "_AFTER_FAILURE", 0.1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -134,8 +135,8 @@ class LocalLauncher:
             codes = self._wait()
             verdict = judge(codes)
             self._workers.clear()  # their numbers are free for processes that are not ours
-            told = f"told to stop ({signal.Signals(self._signal).name})" if self._signal else None
-            self._say(f"[launch] start {start}: {told or verdict.decision.value}: {verdict.reason}")
+            how = verdict.decision.value if self._signal is None else self._told()
+            self._say(f"[launch] start {start}: {how}: {verdict.reason}")
             if self._run.log_dir is not None and verdict.worker is not None:
                 log = self._log_file(verdict.worker)
                 *_, last = log.read_text(errors="replace").splitlines()
@@ -159,7 +160,10 @@ class LocalLauncher:
                     f"than {self._run.healthy:g} s"
                 )
                 return verdict.code
-            self._sleep(delay(row))
+            self._pause(delay(row))
+            if self._signal is not None:
+                self._say(f"[launch] {self._told()}; not started again")
+                return verdict.code
 
     def _start(self, start: int) -> None:
         address = free_address()
@@ -242,9 +246,19 @@ class LocalLauncher:
                 child.send_signal(number)
 
     def _note(self, number: int, _: Any) -> None:
-        """No more than that: it may have come while this thread waits for a child, with its lock."""
+        """No more than that: this thread may be waiting for a child, and hold its lock."""
         self._at_once |= self._signal == number == signal.SIGINT
         self._signal = number
+
+    def _told(self) -> str:
+        return f"told to stop ({signal.Signals(self._signal).name})"
+
+    def _pause(self, seconds: float) -> None:
+        """In short sleeps: a signal does not end one."""
+        for _ in range(math.ceil(seconds / _LOOK_SECONDS)):
+            if self._signal is not None:
+                return
+            self._sleep(_LOOK_SECONDS)
 
     def _end_all(self) -> None:
         """With what they have started, which may hold their output open."""

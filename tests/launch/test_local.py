@@ -243,6 +243,23 @@ def test_a_second_ctrl_c_does_not_wait_and_a_third_does_not_hang(presses):
     assert launched.returncode == 137 and "told to stop (SIGINT)" in out
 
 
+def test_a_signal_in_the_pause_between_starts_ends_it_and_nothing_starts_again(tmp_path):
+    """At the next look, and not after the whole pause."""
+    (tmp_path / "starts").mkdir()
+    slept, said = [], []
+
+    def sleep(seconds: float) -> None:
+        if seconds:
+            slept.append(seconds)
+            signal.raise_signal(signal.SIGTERM)
+
+    worker = (sys.executable, "-c", WORKER + "sys.exit(77)", str(tmp_path / "starts"))
+    code = LocalLauncher(Local(worker), say=said.append, sleep=sleep).launch()
+    assert code == 77 and starts_of(tmp_path) == 2
+    assert sum(slept) < 0.5
+    assert said[-1] == "[launch] told to stop (SIGTERM); not started again"
+
+
 def test_who_saves_keeps_the_grace_when_the_others_end_by_the_signal(tmp_path, monkeypatch):
     """What is left for those that lost a partner is much shorter."""
     monkeypatch.setattr(local, "_AFTER_FAILURE", 0.1)

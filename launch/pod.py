@@ -5,6 +5,7 @@ Every command first makes a plan; with ``--dry-run`` it is printed and nothing i
 
 import argparse
 import dataclasses
+import math
 import os
 import shlex
 import subprocess
@@ -49,12 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     local = _command(commands, "local", _local, "several processes on this machine", runs=True)
     local.add_argument("--processes", type=_positive, default=2, metavar="N", help="(2)")
     text = "virtual CPU devices of each; 0: the machine's own devices (4)"
-    local.add_argument("--devices", type=int, default=4, metavar="N", help=text)
+    local.add_argument("--devices", type=_count, default=4, metavar="N", help=text)
     text = "in a row; a start that lasts --healthy seconds begins a new row (10)"
-    local.add_argument("--restarts", type=int, default=10, metavar="N", help=text)
-    local.add_argument("--healthy", type=float, default=600.0, metavar="S", help="(600)")
+    local.add_argument("--restarts", type=_count, default=10, metavar="N", help=text)
+    local.add_argument("--healthy", type=_amount, default=600.0, metavar="S", help="(600)")
     text = "seconds to save in after SIGTERM (60)"
-    local.add_argument("--grace", type=float, default=60.0, metavar="S", help=text)
+    local.add_argument("--grace", type=_amount, default=60.0, metavar="S", help=text)
     local.add_argument("--log-dir", type=Path, metavar="DIR", help="a log for each process")
     return parser
 
@@ -110,8 +111,8 @@ def _pod_commands(commands) -> None:
         if name in ("run", "watch"):
             text = "run the last commit although files differ from it"
             each.add_argument("--allow-dirty", action="store_true", help=text)
-    added["watch"].add_argument("--restarts", type=int, default=20, metavar="N", help="(20)")
-    added["watch"].add_argument("--poll", type=float, default=60.0, metavar="S", help="(60)")
+    added["watch"].add_argument("--restarts", type=_count, default=20, metavar="N", help="(20)")
+    added["watch"].add_argument("--poll", type=_amount, default=60.0, metavar="S", help="(60)")
     added["logs"].add_argument("--lines", type=_positive, default=20, metavar="N", help="(20)")
 
 
@@ -120,7 +121,7 @@ def _cluster_commands(commands) -> None:
     cluster.add_argument("--name", required=True)
     _accelerator_options(cluster)
     cluster.add_argument("--image", required=True, help="a container image with jaxlab")
-    cluster.add_argument("--restarts", type=int, default=20, metavar="N", help="(20)")
+    cluster.add_argument("--restarts", type=_count, default=20, metavar="N", help="(20)")
     cluster.add_argument("--spot", action="store_true")
     text = "the Kubernetes secret that holds what --env NAME names (jaxlab)"
     cluster.add_argument("--secret", default="jaxlab", metavar="NAME", help=text)
@@ -133,9 +134,9 @@ def _cluster_commands(commands) -> None:
     nodes.add_argument("--name", required=True)
     nodes.add_argument("--nodes", type=_positive, required=True, metavar="N")
     nodes.add_argument("--gpus", type=_positive, default=8, metavar="N", help="of a node (8)")
-    nodes.add_argument("--hours", type=float, default=24.0, metavar="H", help="(24)")
+    nodes.add_argument("--hours", type=_amount, default=24.0, metavar="H", help="(24)")
     nodes.add_argument("--partition")
-    nodes.add_argument("--restarts", type=int, default=20, metavar="N", help="(20)")
+    nodes.add_argument("--restarts", type=_count, default=20, metavar="N", help="(20)")
 
 
 def _accelerator_options(parser: argparse.ArgumentParser) -> None:
@@ -143,10 +144,28 @@ def _accelerator_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", type=_positive, default=1, metavar="N", help="of it (1)")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return number
 
 
 def _do(plan: Plan, arguments: argparse.Namespace) -> int:
@@ -184,14 +203,19 @@ def _creation(arguments: argparse.Namespace) -> Plan:
     )
 
 
-def _check_out(command: Sequence[str], why: str) -> None:
-    """Raise LaunchError for an ``--out`` that is not where all workers find it again."""
+# Where jaxlab writes what is to last: runs, banks, results, reports.
+_WRITTEN = ("--out", "--bank", "--json", "--report")
+
+
+def _check_written(command: Sequence[str], why: str) -> None:
+    """Raise LaunchError for what is written where not all workers find it again."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
-        out = following if word == "--out" else word.partition("--out=")[2]
-        if out and not out.startswith("/") and "://" not in out:
+        option, sign, path = word.partition("=")
+        path = path if sign else following
+        if option in _WRITTEN and path and not path.startswith("/") and "://" not in path:
             raise LaunchError(
-                f"--out {out}: {why}; give the whole path of a folder that all workers share, such "
-                "as /mnt/runs/a"
+                f"{option} {path}: {why}; give a whole path that all workers share, such as "
+                "/mnt/runs/a"
             )
 
 
@@ -199,7 +223,7 @@ _NEXT_RUN = f"lies in ~/{cloud_tpu.FOLDER} of each worker, which the next run re
 
 
 def _start(arguments: argparse.Namespace) -> Plan:
-    _check_out(arguments.command, _NEXT_RUN)
+    _check_written(arguments.command, _NEXT_RUN)
     plain, secrets = _environment(arguments)
     commit = _commit(allow_dirty=arguments.allow_dirty)
     return cloud_tpu.run(
@@ -244,7 +268,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    _check_out(arguments.command, _NEXT_RUN)
+    _check_written(arguments.command, _NEXT_RUN)
     return _do(cloud_tpu.start(_pod(arguments), arguments.command), arguments)
 
 
@@ -281,7 +305,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _gke(arguments: argparse.Namespace) -> int:
-    _check_out(arguments.command, "lies in the container, and ends with it")
+    _check_written(arguments.command, "lies in the container, and ends with it")
     plain, secrets = read_environment(arguments.env)
     name = check_name("--name", arguments.name)
     chips = accelerator(arguments.accelerator, arguments.slices)

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from launch.plan import Command, File, Plan
+from launch.plan import Command, File, LaunchError, Plan
 from launch.policy import AGAIN
 
 # $0 is the folder of exit codes. A trap, not the signal's default: the code is still to be written.
@@ -27,9 +27,15 @@ def script(
 
     A node has one process with all its GPUs, and is the job's alone.
 
-    Secrets are exported from the shell that submits, by name.
+    Secrets are exported from the shell that submits, by name. Raises LaunchError for ``hours``
+    that are over before it could do more than save.
     """
     minutes = round(hours * 60)
+    if minutes * 60 <= grace:
+        raise LaunchError(
+            f"--hours {hours:g}: the run is told to save {grace / 60:g} minutes before its time is "
+            "over; give it more than that, such as 0.5"
+        )
     export = ",".join(["ALL", *secrets]) if secrets else "ALL"
     lines = [
         "#!/bin/bash",

@@ -207,6 +207,21 @@ def test_the_file_with_secrets_is_its_owners_alone(tmp_path):
             )
             for out in ("--out runs/a", "--out=runs/a")
         ),
+        *(
+            (f"resume --name a --zone z -- jaxlab {words}", f"{out}: lies in ~/jaxlab-code")
+            for words, out in (
+                ("memory write --run /r --data /d --bank banks/notes", "--bank banks/notes"),
+                ("sweep c --over seed=0,1 --json sweep.json", "--json sweep.json"),
+                ("memory quantize --out /q --report loss.json --bank /b", "--report loss.json"),
+            )
+        ),
+        *(
+            (
+                f"slurm --name a --nodes 1 --hours {hours} {TRAIN}",
+                f"--hours {hours}: the run is told to save 5 minutes before its time is over",
+            )
+            for hours in ("0", "0.005", "0.084")
+        ),
         (f"run --name a --zone z --env 1x=2 {TRAIN}", "--env 1x: is no name of a variable"),
         ("run --name a --zone z", "nothing to run: give the command behind --"),
         (
@@ -228,6 +243,29 @@ def test_what_cannot_be_is_one_line_that_names_the_option(words, message, capsys
     assert pod.main(shlex.split(words)) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("local --devices -3", "--devices: '-3' is not a whole number from 0 on"),
+        ("local --restarts -1", "--restarts: '-1' is not a whole number from 0 on"),
+        ("local --grace -1", "--grace: '-1' is not a number from 0 on"),
+        ("local --healthy nan", "--healthy: 'nan' is not a number from 0 on"),
+        ("slurm --name a --nodes 1 --hours -1", "--hours: '-1' is not a number from 0 on"),
+        ("slurm --name a --nodes 1 --hours inf", "--hours: 'inf' is not a number from 0 on"),
+        ("slurm --name a --nodes 1 --hours long", "--hours: 'long' is not a number from 0 on"),
+        ("slurm --name a --nodes 1 --restarts -1", "--restarts: '-1' is not a whole number"),
+        ("gke --name a --image i --accelerator v6e-8 --restarts -1", "--restarts: '-1' is not"),
+        ("watch --name a --zone z --accelerator v5p-8 --restarts x", "--restarts: 'x' is not"),
+        ("watch --name a --zone z --accelerator v5p-8 --poll -1", "--poll: '-1' is not a number"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_with_its_option(words, message, capsys):
+    """Before anything is planned, let alone done."""
+    with pytest.raises(SystemExit):
+        pod.main(shlex.split(f"{words} --dry-run {TRAIN}"))
+    assert f"error: argument {message}" in capsys.readouterr().err
 
 
 def test_a_secret_that_is_not_set_and_a_program_that_is_not_there_are_named(

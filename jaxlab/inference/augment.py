@@ -24,9 +24,13 @@ def augment(
     hits = reader.search([tokenizer.decode(prompt[-reader.bank.spec.chunk_length :])])
     found = [hit for hit in hits.ids[0].tolist() if hit >= 0]
     texts = reader.bank.references(found)
+    length = reader.bank.spec.reference_length
     before: list[int] = []
     for reference in reversed(texts):
-        before += tokenizer.encode(f"{REFERENCE_PREFACE}{reference.text}{_END}")
+        before += tokenizer.encode(REFERENCE_PREFACE)
+        # As its memory was written: the text of one cut inside a character has more tokens.
+        before += (reference.ids or tokenizer.encode(reference.text))[:length]
+        before += tokenizer.encode(_END)
     scores = hits.scores[0].tolist()
     cited = (
         Citation(0, hit, score, reference.source, reference.text)

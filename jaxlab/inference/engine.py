@@ -138,21 +138,27 @@ class Engine:
         return len(self._encoded(request))
 
     def _encoded(self, request: Request) -> list[int]:
-        prompt = self.model.tokenizer.encode(request.prompt)
         if request.memory in ("text", "shuffled") and self.reader is None:
             raise DataError(
                 f'memory is "{request.memory}", but there is no bank to find references in'
             )
-        whole, rest = 1 + len(prompt) + request.max_tokens, f"{request.max_tokens} to generate"
+        tokenizer, before = self.model.tokenizer, 0
         if request.memory == "text":
-            before = most_tokens(self.reader, self.model.tokenizer)
-            whole, rest = whole + before, f"{rest}, and {before} kept free for references,"
+            before = most_tokens(self.reader, tokenizer)
+        prompt = tokenizer.encode(request.prompt)
+        self._require_room(len(prompt), request.max_tokens, before)
+        return prompt
+
+    def _require_room(self, prompt: int, answer: int, before: int = 0) -> None:
+        """Raise DataError when so many tokens, and ``before`` for references, are too many."""
+        whole, rest = 1 + prompt + answer + before, f"{answer} to generate"
+        if before:
+            rest += f", and {before} kept free for references,"
         if whole > self.context:
             raise DataError(
-                f"the prompt has {len(prompt)} tokens; with <s> and {rest} that is {whole}, the "
+                f"the prompt has {prompt} tokens; with <s> and {rest} that is {whole}, the "
                 f"context holds {self.context}: shorten the prompt or ask for fewer tokens"
             )
-        return prompt
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
         """Queue a request, from any thread; ``on_event`` is called from the engine's.
@@ -164,6 +170,7 @@ class Engine:
         tokenizer = self.model.tokenizer
         if request.memory == "text":
             prompt, cited = augment(self.reader, tokenizer, prompt)
+            self._require_room(len(prompt), request.max_tokens)
         sequence = Generated(
             request,
             prompt,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from jaxlab.errors import DataError
+from jaxlab.inference import engine as engines
 from jaxlab.inference.augment import augment, most_tokens
 from jaxlab.inference.engine import Engine
 from jaxlab.inference.requests import Request
@@ -67,3 +68,35 @@ def test_every_text_of_the_bank_fits(reader):
         tokens, cited = augment(reader, tokenizer, tokenizer.encode(text))
         assert len(tokens) <= len(text) + most_tokens(reader, tokenizer)
         assert text in {one.text for one in cited}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_references_take_no_more_than_is_kept_free_whatever_their_characters(tmp_path, known):
+    """One that was cut inside a character has other tokens, and more, if it is read as text."""
+    tokenizer = small_model().tokenizer
+    texts = ("a" * 11 + "😀b😀b😀", "c" * 11 + "😀b😀bb😀")
+    bank = small_bank(tmp_path, texts)
+    reader = MemoryReader.open(bank, model_embed=letters)
+    stored = bank.references(range(len(bank)))
+    assert any(len(tokenizer.encode(one.text)) > bank.spec.reference_length for one in stored)
+    if not known:  # as in a bank that keeps texts alone
+        stored = [dataclasses.replace(one, ids=()) for one in stored]
+        bank.references = lambda rows: [stored[row] for row in rows]
+    for prompt in ("aaaa", "bbbb", "cccc"):
+        own = tokenizer.encode(prompt)
+        tokens, cited = augment(reader, tokenizer, own)
+        assert 0 < len(tokens) - len(own) <= most_tokens(reader, tokenizer)
+        if known:
+            parts = [stored[one.reference].ids for one in reversed(cited)]
+            around = tokenizer.encode("Reference:"), tokenizer.encode("\n")
+            read = [token for part in parts for token in (*around[0], *part, *around[1])]
+            assert tokens == read + own
+
+
+def test_what_is_too_long_with_its_references_is_refused_before_it_is_read(
+    reader, model, monkeypatch
+):
+    engine = Engine(model, reader, rows=1)
+    monkeypatch.setattr(engines, "augment", lambda *_: ([5] * 127, ()))
+    with pytest.raises(DataError, match=r"127 tokens; .* is 129, the context holds 128"):
+        engine.submit(Request("a", max_tokens=1, memory="text"), lambda _: None)

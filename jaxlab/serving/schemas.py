@@ -42,7 +42,8 @@ def _is_one_text(given: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_is_unicode)]
-StopText = Annotated[str, Field(min_length=1), AfterValidator(_is_unicode)]
+# Every token said is compared with each beginning of it.
+StopText = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_is_unicode)]
 
 
 def _describe(schema: dict[str, Any], body: type["_Body"]) -> None:

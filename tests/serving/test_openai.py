@@ -161,6 +161,8 @@ def test_models_are_listed_and_found(client):
         (dict(top_p=0), "top_p: Input should be greater"),
         (dict(logprobs=99), "logprobs: Input should be less"),
         (dict(stop=["a"] * 5), "stop: List should have at most 4 items"),
+        (dict(stop="a" * 257), "stop: String should have at most 256 characters"),
+        (dict(stop=["a", "b" * 257]), "stop.1: String should have at most 256 characters"),
         (dict(stop=[""]), "stop.0: String should have at least 1 character"),
         (dict(prompt=["a", "b"]), "prompt: a prompt is text, one in each request"),
         (dict(prompt=[[1, 2]]), "prompt: a prompt is text"),

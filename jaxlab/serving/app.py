@@ -11,7 +11,6 @@ from fastapi import Depends, FastAPI, Header
 from fastapi import Request as HttpRequest
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.concurrency import run_in_threadpool
 
 from jaxlab import __version__
 from jaxlab.data.sources import Document
@@ -22,6 +21,7 @@ from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.requests import ClientGone, Runner, Running
 from jaxlab.serving.schemas import AddBody, ChatBody, CompletionBody, SearchBody
 from jaxlab.serving.settings import KEY_VARIABLE, Settings
+from jaxlab.serving.threads import Threads
 from jaxlab.serving.watch import BankWatch
 
 # What the client of a request that it gave up would be answered.
@@ -203,11 +203,14 @@ async def _pieces(running: Running, answer: Answer, *, usage: bool) -> AsyncIter
 
 
 def _add_memory(app: FastAPI, server: Server, allowed: Any, with_key: Any) -> None:
+    waiting = server.settings.max_waiting
+    searching, adding = Threads(server.engine.rows, waiting), Threads(1, waiting)
+
     @app.post("/memory/search", dependencies=[allowed])
     async def search(body: SearchBody) -> dict[str, Any]:
         """The references nearest to a text."""
         reader = server.require_reader()
-        return await run_in_threadpool(_search, reader, body)
+        return await searching.run(_search, reader, body)
 
     @app.post("/memory/add", dependencies=[with_key])
     async def add(body: AddBody) -> dict[str, Any]:
@@ -215,7 +218,7 @@ def _add_memory(app: FastAPI, server: Server, allowed: Any, with_key: Any) -> No
         server.require_open()
         reader = server.require_reader()
         documents = [Document(id=each.source, text=each.text) for each in body.references]
-        rows = await run_in_threadpool(reader.add, documents)
+        rows = await adding.run(reader.add, documents)
         return {"added": list(rows), "references": len(reader.bank)}
 
 

@@ -26,7 +26,7 @@ def add_commands(
     serve.add_argument("--cache-bytes", type=int, default=1 << 28, metavar="N", help=cache)
     body = "length of a request's body (%(default)s)"
     serve.add_argument("--body-bytes", type=positive, default=1 << 20, metavar="N", help=body)
-    waiting = "requests that wait for a row; more are turned away (64)"
+    waiting = "requests of one kind that wait; more are turned away (64)"
     serve.add_argument("--max-waiting", type=positive, default=64, metavar="N", help=waiting)
     seconds = "time that a request may take (300)"
     serve.add_argument("--request-seconds", type=float, default=300.0, metavar="S", help=seconds)

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 REWRITTEN = "the bank was compacted or repaired: start the server again"
 BANK_FAILED = "the bank could not be read or written; the server's log says why"
+TOO_MANY = "too many requests are waiting: try again later"
 FAILED = "the server failed; its log says why"
 # The type of what pydantic says of a field that has a value of no effect here.
 UNSUPPORTED = "unsupported"

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from jaxlab.errors import ClosedError
 from jaxlab.inference.requests import Event, Request
-from jaxlab.serving.errors import ApiError
+from jaxlab.serving.errors import TOO_MANY, ApiError
 from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.settings import Settings
 
@@ -41,7 +41,7 @@ class Runner:
         if not self._engine.alive:
             raise ApiError(503, "the engine has stopped; the server has to be started again")
         if self.under_way >= self._engine.rows + self._settings.max_waiting:
-            raise ApiError(429, "too many requests are waiting: try again later")
+            raise ApiError(429, TOO_MANY)
         running = Running(self._settings.request_seconds, self._metrics)
         self._coming += 1
         try:

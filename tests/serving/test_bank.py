@@ -1,0 +1,53 @@
+"""Laws of a served bank that is asked much at once, and changed meanwhile."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.serving.fakes import BODY, KEY, SECONDS, FakeEngine, said, served, until
+
+SEARCH = ("/memory/search", {"query": "fox"})
+ADD = ("/memory/add", {"references": [{"text": "Snow falls.", "source": "s"}]})
+
+
+@pytest.mark.parametrize(
+    ("slow", "call", "other", "taken"),
+    [("search", SEARCH, ADD, 3), ("add", ADD, SEARCH, 2)],
+    ids=["search", "add"],
+)
+def test_calls_that_the_bank_is_slow_with_are_bounded_and_keep_nothing_else_waiting(
+    slow, call, other, taken
+):
+    """As many searches at once as there are rows, one that adds, and one of each that waits."""
+    engine, may_go = FakeEngine(), threading.Event()
+    work = getattr(engine.reader, slow)
+
+    def slowly(*args, **options):
+        assert may_go.wait(SECONDS)
+        return work(*args, **options)
+
+    setattr(engine.reader, slow, slowly)
+    with (
+        served(engine, api_key=KEY, max_waiting=1) as (url, _),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+        ThreadPoolExecutor(60) as clients,
+    ):
+
+        def ask(path, body):
+            return http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}"})
+
+        try:
+            asked = [clients.submit(ask, *call) for _ in range(60)]
+            until(lambda: sum(one.done() for one in asked) == 60 - taken)
+            assert ask("/v1/completions", BODY).status_code == 200
+            assert ask(*other).status_code == 200
+        finally:
+            may_go.set()
+        answers = [one.result() for one in asked]
+        refused = [one for one in answers if one.status_code == 429]
+        assert len(refused) == 60 - taken and refused[0].headers["Retry-After"] == "1"
+        assert said(refused[0])["type"] == "rate_limit_error"
+        assert sum(one.status_code == 200 for one in answers) == taken
+        assert ask(*call).status_code == 200

@@ -145,18 +145,22 @@ class Engine:
         tokenizer, before = self.model.tokenizer, 0
         if request.memory == "text":
             before = most_tokens(self.reader, tokenizer)
+        # A long prompt takes seconds to encode: one that cannot fit is refused by its bytes first.
+        size = len(request.prompt.encode("utf-8", "replace"))
+        least = -(-size // int(tokenizer.byte_lengths.max()))
+        self._require_room(least, request.max_tokens, before, about="at least ")
         prompt = tokenizer.encode(request.prompt)
         self._require_room(len(prompt), request.max_tokens, before)
         return prompt
 
-    def _require_room(self, prompt: int, answer: int, before: int = 0) -> None:
+    def _require_room(self, prompt: int, answer: int, before: int = 0, *, about: str = "") -> None:
         """Raise DataError when so many tokens, and ``before`` for references, are too many."""
         whole, rest = 1 + prompt + answer + before, f"{answer} to generate"
         if before:
             rest += f", and {before} kept free for references,"
         if whole > self.context:
             raise DataError(
-                f"the prompt has {prompt} tokens; with <s> and {rest} that is {whole}, the "
+                f"the prompt has {about}{prompt} tokens; with <s> and {rest} that is {whole}, the "
                 f"context holds {self.context}: shorten the prompt or ask for fewer tokens"
             )
 

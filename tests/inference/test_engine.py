@@ -1,6 +1,7 @@
 """Laws of generation with memory: the cache against recomputation, when memories are renewed."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxlab.errors import ConfigError, DataError
 from jaxlab.inference import batching
 from jaxlab.inference.engine import Engine
 from jaxlab.inference.programs import Said
+from jaxlab.inference.requests import Request
 from jaxlab.inference.sampling import Sampling
 from jaxlab.memory.embedders import ModelEmbedder
 from jaxlab.memory.read import MemoryReader
@@ -247,6 +249,21 @@ def test_what_does_not_fit_is_an_error_before_anything_runs(engine_of):
         engine_of(None, rows=0)
     with pytest.raises(DataError, match=r"3 rows and 33 tokens: .* from 2 to 32"):
         engine_of(None, context=33)
+
+
+def test_a_prompt_that_no_tokens_could_hold_is_refused_by_its_bytes(monkeypatch):
+    """What a token stands for at most bounds how few there are: a long one takes no time."""
+    engine, tokenizer = Engine(small_model(), rows=1), small_model().tokenizer
+    longest = max(len(tokenizer.bytes_of(token)) for token in range(tokenizer.vocab_size))
+    room = engine.context - 1 - 4
+    fits = " " * (longest * room)
+    assert engine.check(Request(fits, max_tokens=4)) == room
+    encode = mock.Mock()
+    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    for prompt in (fits + "a", "é" * (longest * room // 2) + "é", "a" * 10**6):
+        with pytest.raises(DataError, match=rf"at least \d+ tokens; .* holds {engine.context}"):
+            engine.check(Request(prompt, max_tokens=4))
+    encode.assert_not_called()
 
 
 def test_a_model_without_memory_layers_cannot_read_a_bank(bank):

@@ -7,6 +7,7 @@ memories of the tokens that follow. Earlier keys and values stay as they are.
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from jaxlab.inference.augment import augment, most_tokens
 from jaxlab.inference.batching import Batch
 from jaxlab.inference.programs import Programs, empty_state, serving_parameters
 from jaxlab.inference.requests import Citation, Event, Request, TokenLogprob
-from jaxlab.inference.retrieval import Retrieval
+from jaxlab.inference.retrieval import Retrieval, on_one_bank
 from jaxlab.inference.sampling import Sampling
 from jaxlab.inference.sequences import Sequence as Generated
 from jaxlab.memory.library import open_reader
@@ -173,7 +174,8 @@ class Engine:
         prompt, cited = self._encoded(request), ()
         tokenizer = self.model.tokenizer
         if request.memory == "text":
-            prompt, cited = augment(self.reader, tokenizer, prompt)
+            longer = functools.partial(augment, self.reader, tokenizer, prompt)
+            prompt, cited = on_one_bank(self.reader, longer)
             self._require_room(len(prompt), request.max_tokens)
         sequence = Generated(
             request,

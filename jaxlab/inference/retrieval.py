@@ -4,10 +4,11 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxlab.errors import JaxlabError
+from jaxlab.errors import BankError, JaxlabError
 from jaxlab.inference.requests import Citation
 from jaxlab.inference.sequences import Chunk
 from jaxlab.inference.sequences import Sequence as Generated
@@ -17,6 +18,21 @@ from jaxlab.memory.retrieve import Hits
 log = logging.getLogger(__name__)
 # The control "shuffled" exchanges memories in one way, the same for all requests.
 _SHUFFLE_SEED = 0
+_T = TypeVar("_T")
+
+
+def on_one_bank(reader: Any, work: Callable[[], _T]) -> _T:
+    """What ``work`` gives, which searches and then reads what was found.
+
+    Done again where it failed and the bank was changed meanwhile: what was found may be deleted.
+    """
+    while True:
+        bank = reader.bank
+        try:
+            return work()
+        except BankError:
+            if reader.bank is bank:
+                raise
 
 
 class Retrieval:
@@ -80,7 +96,7 @@ class Retrieval:
 
     def _found(self, waiting) -> list[tuple[Generated, list[Chunk] | str]]:
         try:
-            return self._chunks(waiting)
+            return on_one_bank(self.reader, lambda: self._chunks(waiting))
         except Exception as error:
             if len(waiting) == 1:
                 if isinstance(error, JaxlabError):

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from jaxlab import __version__
 from jaxlab.data.sources import Document
+from jaxlab.inference.retrieval import on_one_bank
 from jaxlab.serving.answers import CHAT, COMPLETION, Answer, Form, error_piece
 from jaxlab.serving.errors import RESPONSES, ApiError, handle_errors
 from jaxlab.serving.limits import CheckHost, CountRequests, LimitBody
@@ -210,7 +211,7 @@ def _add_memory(app: FastAPI, server: Server, allowed: Any, with_key: Any) -> No
     async def search(body: SearchBody) -> dict[str, Any]:
         """The references nearest to a text."""
         reader = server.require_reader()
-        return await searching.run(_search, reader, body)
+        return await searching.run(on_one_bank, reader, lambda: _search(reader, body))
 
     @app.post("/memory/add", dependencies=[with_key])
     async def add(body: AddBody) -> dict[str, Any]:

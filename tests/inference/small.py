@@ -152,6 +152,22 @@ def small_reader(bank: Bank) -> SpyReader:
     return SpyReader.open(bank, model_embed=letters)
 
 
+def losing_reader(bank: Bank) -> MemoryReader:
+    """Loses what it finds first: somebody deletes it before it is read."""
+    reader = MemoryReader.open(bank, model_embed=letters)
+    search = reader.search
+
+    def lose(*args, **options):
+        hits = search(*args, **options)
+        reader.search = search
+        Bank.open(bank.url, write=True).delete(rows=[int(hits.ids[0, 0])])
+        reader.refresh()
+        return hits
+
+    reader.search = lose
+    return reader
+
+
 def without_memory_layers(model: LoadedModel) -> LoadedModel:
     """The model under a configuration of plain layers and no memory stage."""
     stages = model.config.stages

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.inference.small import losing_reader, small_bank
 from tests.serving.fakes import BODY, KEY, SECONDS, FakeEngine, said, served, until
 
 SEARCH = ("/memory/search", {"query": "fox"})
@@ -51,3 +52,13 @@ def test_calls_that_the_bank_is_slow_with_are_bounded_and_keep_nothing_else_wait
         assert said(refused[0])["type"] == "rate_limit_error"
         assert sum(one.status_code == 200 for one in answers) == taken
         assert ask(*call).status_code == 200
+
+
+def test_what_was_deleted_before_it_was_read_is_searched_for_again(tmp_path):
+    engine = FakeEngine()
+    engine.reader = losing_reader(small_bank(tmp_path))
+    with served(engine) as (url, _), httpx.Client(base_url=url, timeout=SECONDS) as http:
+        body = {"query": "aaab", "top": 2}
+        found = http.post("/memory/search", json=body)
+        assert found.status_code == 200 and len(found.json()["references"]) == 2
+        assert http.post("/memory/search", json=body).json() == found.json()

@@ -137,9 +137,9 @@ class Batch:
         came = False
         for row, holder in enumerate(self._rows):
             if holder is None and self._queue:
-                with self._woken:
+                with self._woken:  # for both: who cancels all looks in the queue and in the rows
                     sequence = self._queue.popleft()
-                self._rows[row], sequence.row, sequence.phase = sequence, row, Phase.PROMPT
+                    self._rows[row], sequence.row, sequence.phase = sequence, row, Phase.PROMPT
                 self.counts["prompt_tokens"] += len(sequence.prompt)
                 if sequence.reads:
                     self._retrieval.ask(sequence, 0, sequence.prompt_texts())

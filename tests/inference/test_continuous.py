@@ -329,6 +329,27 @@ def test_a_closing_engine_cancels_what_does_not_finish_in_time(bank, engine_of):
     assert finishes[-1] == "cancelled" and set(finishes) <= {"cancelled", "length"}
 
 
+def test_whoever_has_the_lock_finds_every_request(bank, engine_of, monkeypatch):
+    """In the queue or in a row, so that closing cancels it; else it would be waited for."""
+    engine = engine_of(reader_of(bank), rows=2)
+    for prompt in PROMPTS[:3]:
+        Listener(engine, prompt, max_tokens=2)
+    batch, woken, found = engine._batch, engine._woken, []
+
+    class Watched:
+        def __enter__(self):
+            return woken.__enter__()
+
+        def __exit__(self, *error):
+            found.append((batch.waiting, batch.running))
+            return woken.__exit__(*error)
+
+    monkeypatch.setattr(batch, "_woken", Watched())
+    batch._admit()
+    monkeypatch.undo()
+    assert found == [(2, 1), (1, 2)]
+
+
 def test_an_engine_that_fails_tells_all_who_wait(bank, engine_of, monkeypatch):
     engine = engine_of(reader_of(bank), rows=1)
     listeners = [Listener(engine, "abcd", max_tokens=4) for _ in range(2)]

@@ -52,6 +52,14 @@ def _describe(schema: dict[str, Any], body: type["_Body"]) -> None:
     schema["additionalProperties"] = False
 
 
+def _describe_chat(schema: dict[str, Any], body: type["_Body"]) -> None:
+    _describe(schema, body)
+    schema["anyOf"] = [
+        {"properties": {"top_logprobs": {"enum": [None, 0]}}},
+        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+    ]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, json_schema_extra=_describe)
     # Fields that change nothing.
@@ -208,10 +216,19 @@ class ChatBody(_Generation):
     before them. The answer ends where the model begins another question.
     """
 
+    model_config = ConfigDict(json_schema_extra=_describe_chat)
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+
+    @model_validator(mode="after")
+    def _asks_for_all_of_it(self):
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                UNSUPPORTED, "needs logprobs: true", {"field": "top_logprobs"}
+            )
+        return self
 
     @property
     def prompt(self) -> str:

@@ -195,6 +195,14 @@ def test_a_field_that_is_not_supported_is_named(client):
     assert error.value.param == "messages.0.tool_calls"
 
 
+def test_alternatives_to_tokens_that_are_not_asked_for_are_refused(client):
+    for more in ({}, {"logprobs": False}, {"logprobs": None}):
+        with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs") as error:
+            chat(client, top_logprobs=2, **more)
+        assert error.value.param == "top_logprobs"
+        assert chat(client, top_logprobs=0, **more).choices[0].logprobs is None
+
+
 def test_values_that_change_nothing_are_taken(client):
     of_others = {"repetition_penalty": 1.0, "min_p": 0, "stop_token_ids": [], "audio": None}
     found = complete(client, n=1, echo=False, presence_penalty=0, logit_bias={}, best_of=1,

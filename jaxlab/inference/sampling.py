@@ -11,13 +11,16 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxlab.errors import ConfigError
 
+# Colder is greedy: logits divided by less may be no float32, nor is the temperature itself.
+_COLDEST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Greedy at ``temperature`` 0; else a draw from the ``top_k`` likeliest within ``top_p``.
 
-    The draw of a token depends on ``seed`` and on how many the sequence has said, on nothing else.
-    Raises ConfigError for values that mean nothing.
+    Below 1e-6 it is greedy as well. The draw of a token depends on ``seed`` and on how many the
+    sequence has said, on nothing else. Raises ConfigError for values that mean nothing.
     """
 
     temperature: float = 0.0
@@ -51,8 +54,9 @@ class Choices(NamedTuple):
     @classmethod
     def of(cls, samplings: Sequence[Sampling], said: Sequence[int]) -> "Choices":
         """As arrays on the host."""
+        temperatures = [one.temperature for one in samplings]
         return cls(
-            np.array([one.temperature for one in samplings], np.float32),
+            np.array([t if t >= _COLDEST else 0 for t in temperatures], np.float32),
             np.array([min(one.top_k, 2**31 - 1) for one in samplings], np.int32),
             np.array([one.top_p for one in samplings], np.float32),
             np.array([one.seed % 2**32 for one in samplings], np.uint32),

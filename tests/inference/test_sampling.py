@@ -51,6 +51,15 @@ def test_temperature_zero_takes_the_largest_whatever_the_limits_and_the_company(
         assert tokens.dtype == np.int32
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-7, 1e-37, 1.2e-38, 1e-39, 1e-44, 1e-300])
+def test_the_colder_the_surer_down_to_the_likeliest(temperature):
+    """Also where the temperature, or a logit divided by it, is no number of 32 bits."""
+    samplings = [Sampling(temperature=temperature, top_p=0.9, seed=n) for n in range(5)]
+    for limited in (True, False):
+        tokens = chosen(LOGITS * 10, choices_of(samplings), drawn=True, limited=limited)
+        np.testing.assert_array_equal(tokens, LOGITS.argmax(axis=1))
+
+
 def test_draws_follow_the_restricted_distribution_at_the_temperature():
     count = 4000
     samplings = [Sampling(temperature=2.0, top_k=3, seed=7)] * count

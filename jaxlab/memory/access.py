@@ -11,7 +11,8 @@ from jaxtyping import Int
 from jaxlab.errors import BankError
 from jaxlab.memory.header import BankSpec, Header, PlacedFile, Shard, StoredFile
 from jaxlab.memory.objects import list_folders, read_object, reason
-from jaxlab.memory.shards import SOURCES, lone_key
+from jaxlab.memory.shards import SOURCES, is_lone, lone_key
+from jaxlab.memory.verify import problem_of
 
 # An open array takes some 10 kB; to open one again costs the request of its zarr.json.
 _OPEN_ARRAYS = 4096
@@ -51,9 +52,9 @@ class ShardAccess:
         found = list_folders(self._kvstore, folder, url=self.url)
         return np.array(sorted(map(int, found)), np.int64)
 
-    def check_lone(self, shard: Shard) -> tuple[int, list[tuple[str, str]]]:
-        """How many memories of a cold shard are encoded; key and trouble of each damaged one."""
-        rows, damaged = self.encoded(shard).tolist(), []
+    def check_lone(self, shard: Shard) -> tuple[int, list[tuple[int, str, str]]]:
+        """How many memories of a cold shard are encoded; row, key and trouble of each bad one."""
+        rows, bad = self.encoded(shard).tolist(), []
         for start in range(0, len(rows), _LONE_AT_ONCE):
             some = rows[start : start + _LONE_AT_ONCE]
             pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in some]
@@ -61,8 +62,14 @@ class ShardAccess:
                 try:
                     self._finish_lone(shard, row, future)
                 except BankError:
-                    damaged.append((self._lone_key(shard, row), "damaged: another checksum"))
-        return len(rows), damaged
+                    key = self._lone_key(shard, row)
+                    trouble = problem_of(self._kvstore, key, self._lone_trouble)
+                    if trouble not in ("", "missing"):  # else it can be read, or is gone, by now
+                        bad.append((row, key, trouble))
+        return len(rows), bad
+
+    def _lone_trouble(self, content: bytes) -> str:
+        return "" if is_lone(content, self.spec) else "damaged: another checksum"
 
     def _lone_key(self, shard: Shard, row: int) -> str:
         """Where the memory of a row, counted within a cold shard, lies in the bank."""

@@ -163,7 +163,10 @@ def _verify(arguments: argparse.Namespace) -> int:
         told = "were lost and set aside; `jaxlab memory compact` deletes their files and this note"
         print(f"error: {each} {told}", file=sys.stderr)
     gone = sum(each.count for each in found.lost)
-    state = "damaged" if not found.ok else f"{gone} references lost" if gone else "whole"
+    state = f"{gone} references lost" if gone else "whole"
+    if not found.ok:
+        broken = found.damaged or found.missing
+        state = "damaged" if broken else "not all of it can be read"
     cold = f", {found.cold} of them cold" if found.cold else ""
     print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references{cold}")
     return 1 if gone or not found.ok else 0

@@ -135,6 +135,15 @@ def encode_lone(memory: np.ndarray) -> bytes:
     return objects[lone_key("one", 0, values.ndim)]
 
 
+def is_lone(content: bytes, spec: BankSpec) -> bool:
+    """Whether these bytes are a memory as :func:`encode_lone` made it, with its checksum."""
+    size = spec.bytes_per_reference
+    if len(content) != size + CHECKSUM_BYTES:
+        return False
+    memory = np.frombuffer(content[:size], spec.stored_dtype).reshape(spec.stored_shape)
+    return encode_lone(memory) == content
+
+
 def lone_key(name: str, row: int, axes: int) -> str:
     """Where the memory of a row lies in a cold shard."""
     return "/".join([name, "c", str(row), *"0" * (axes - 1)])

@@ -10,7 +10,7 @@ from jaxlab.memory.embedders import ModelEmbed
 from jaxlab.memory.header import LostShard, Shard
 from jaxlab.memory.shards import REFERENCES, StoredReference
 from jaxlab.memory.store import Bank
-from jaxlab.memory.verify import RepairReport
+from jaxlab.memory.verify import UNREADABLE, RepairReport
 
 Encode = Callable[[Sequence[StoredReference]], np.ndarray]
 
@@ -95,27 +95,32 @@ def repair(
     they are in goes. A damaged memory of a cold shard is forgotten, to be encoded when it is next
     read.
 
-    Raises BankError when the codec or the list of deleted rows is damaged: then nothing is known.
+    Raises BankError, and changes nothing, when something cannot be read now, which is no damage,
+    and when the codec or the list of deleted rows is damaged: then nothing is known.
     Raises ConfigError, and sets nothing aside, when a shard with sound texts takes the ``encode``
     or the ``model_embed`` that is not given.
     """
     bank.require_writable()
     found = bank.verify()
+    _require_readable(bank, found.problems)
+    broken = {*found.damaged, *found.missing}
     for owner in ("codec", "deleted"):
-        if owner in (*found.damaged, *found.missing):
+        if owner in broken:
             raise BankError(
                 f"bank {bank.url}: the object {owner} is damaged and cannot be made again; restore"
                 " it from a copy, or write the bank again"
             )
-    repaired, forgotten, lost, shards, aside = [], 0, [], [], []
+    repaired, forgotten, lost, shards, aside = [], [], [], [], []
     for shard in bank.shards:
         bad = {key.removeprefix(shard.folder) for key in found.keys if key.startswith(shard.folder)}
         lone = {path for path in bad if path not in shard.files}
         if bad and bad == lone:
-            forgotten += bank.forget(shard, lone)
+            forgotten.append((shard, lone))
         elif bad:
             number = bank.next_number + len(repaired)
-            made = _make_again(bank, shard, bad, encode, model_embed, number)
+            # What the embedder was fitted to may be damaged as well.
+            embeds = "embedder" not in broken
+            made = _make_again(bank, shard, bad, encode, model_embed, number, embeds=embeds)
             if made is None:
                 aside.append(LostShard(shard.name, shard.start, shard.count))
                 lost.append(f"{aside[-1]} {_sources_told(bank, shard)}")
@@ -126,6 +131,8 @@ def repair(
     index = bank.index_record
     if repaired or aside:
         bank.exchange(shards, lost=(*bank.lost, *aside))
+    for shard, lone in forgotten:
+        bank.forget(shard, lone)
     index_gone = bank.index_record != index
     settled = ("shard ", "index: ") if index_gone else ("shard ",)
     left = tuple(line for line in found.problems if not line.startswith(settled))
@@ -133,7 +140,7 @@ def repair(
         repaired=tuple(repaired),
         set_aside=tuple(each.name for each in aside),
         lost=tuple(lost),
-        forgotten=forgotten,
+        forgotten=sum(len(lone) for _, lone in forgotten),
         index_gone=index_gone,
         problems=left,
     )
@@ -146,6 +153,8 @@ def _make_again(
     encode: Encode | None,
     model_embed: ModelEmbed | None,
     number: int,
+    *,
+    embeds: bool,
 ) -> Shard | None:
     """The shard, written anew under another name; None when something cannot be had."""
     spec = bank.spec
@@ -153,20 +162,17 @@ def _make_again(
     def sound(name: str) -> bool:
         return not any(path.startswith(f"{name}/") for path in bad)
 
-    if REFERENCES in bad:
+    if REFERENCES in bad or not (embeds or sound("embeddings")):
         return None
     lines = bank.object_of(shard, REFERENCES).splitlines()
     references = [StoredReference.from_line(line) for line in lines]
-    rows = np.arange(shard.start, shard.start + shard.count)
     memories = cold = kept = None
     if sound("kept"):
         kept = bank.array_of(shard, "kept")
     if sound(spec.stored_name) and not shard.cold:
         memories = bank.array_of(shard, spec.stored_name)
     elif shard.cold and sound(spec.stored_name) and sound("kept"):
-        bank.forget(shard, [key.removeprefix(shard.folder) for key, _ in bank.check_lone(shard)[1]])
-        _, _, cold = found = bank.read_any(rows)
-        memories = found.memories
+        memories, cold = _sound_memories(bank, shard)
     elif not shard.cold:
         if encode is None:
             # What can be had again, if not here and now, is not given up.
@@ -179,14 +185,32 @@ def _make_again(
     if sound("embeddings"):
         embeddings = bank.array_of(shard, "embeddings")
     else:
-        try:
-            embedder = bank.embedder(model_embed=model_embed)
-        except BankError:  # what it was fitted to is damaged as well
-            return None
+        embedder = bank.embedder(model_embed=model_embed)
         embeddings = embedder.embed([reference.text for reference in references])
     return bank.store(
         memories, kept, embeddings, references, number=number, start=shard.start, cold=cold
     )
+
+
+def _sound_memories(bank: Bank, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    """The memories of a cold shard, and True where one is damaged or has not been encoded."""
+    _, bad = bank.check_lone(shard)
+    _require_readable(bank, [f"{key} is {trouble}" for _, key, trouble in bad])
+    rows = np.arange(shard.start, shard.start + shard.count)
+    gone = [row for row, _, _ in bad]
+    rows[gone] = -1
+    found = bank.read_any(rows)
+    found.cold[gone] = True
+    return found.memories, found.cold
+
+
+def _require_readable(bank: Bank, problems: Sequence[str]) -> None:
+    for problem in problems:
+        if f" is {UNREADABLE} (" in problem:
+            raise BankError(
+                f"bank {bank.url}: {problem}, which may be no damage; nothing was changed: mend"
+                " the access, then repeat"
+            )
 
 
 def _sources_told(bank: Bank, shard: Shard) -> str:

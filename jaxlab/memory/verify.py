@@ -8,13 +8,16 @@ from typing import Any
 from jaxlab.memory.header import Header, LostShard, Shard, StoredFile
 from jaxlab.memory.objects import reason
 
+UNREADABLE = "unreadable"
+
 
 @dataclass(frozen=True)
 class VerifyReport:
     """What ``Bank.verify`` found; ``problems`` has one line for each bad file, ``keys`` its place.
 
-    ``cold`` references have no memory yet. ``lost`` shards were set aside by a repair; their files
-    are not looked at.
+    ``unreadable`` is what may be sound and cannot be read now (permissions, a store that does not
+    answer). ``cold`` references have no memory yet. ``lost`` shards were set aside by a repair;
+    their files are not looked at.
     """
 
     shards: int
@@ -26,6 +29,7 @@ class VerifyReport:
     keys: tuple[str, ...] = ()
     cold: int = 0
     lost: tuple[LostShard, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -52,7 +56,7 @@ class RepairReport:
 def verify_objects(
     kvstore: Any,
     header: Header,
-    check_lone: Callable[[Shard], tuple[int, list[tuple[str, str]]]],
+    check_lone: Callable[[Shard], tuple[int, list[tuple[int, str, str]]]],
 ) -> VerifyReport:
     """Compare every object that ``header`` lists with its size and SHA-256.
 
@@ -61,19 +65,22 @@ def verify_objects(
     tasks = header.objects()
     found = []
     with ThreadPoolExecutor(4) as pool:
-        wrong = pool.map(lambda task: _problem(kvstore, *task[1:]), tasks)
+        wrong = pool.map(
+            lambda task: problem_of(kvstore, task[1], lambda content: _trouble(content, task[2])),
+            tasks,
+        )
         found += [(*task[:2], problem) for task, problem in zip(tasks, wrong, strict=True)]
     cold, bad = 0, {owner for owner, _, problem in found if problem}
     for shard in header.shards:
         # What lies in a damaged shard is not read: it is bad anyhow.
         if shard.cold and f"shard {shard.name}" not in bad:
-            encoded, damaged = check_lone(shard)
+            encoded, wrong = check_lone(shard)
             cold += shard.count - encoded
-            found += [(f"shard {shard.name}", *each) for each in damaged]
+            found += [(f"shard {shard.name}", key, problem) for _, key, problem in wrong]
     found = [each for each in found if each[2]]
-    names = {"missing": {}, "damaged": {}}
+    names = {"missing": {}, "damaged": {}, UNREADABLE: {}}
     for owner, _, problem in found:
-        kind = "missing" if problem == "missing" else "damaged"
+        kind = next(kind for kind in names if problem.startswith(kind))
         names[kind][owner.removeprefix("shard ")] = True
     return VerifyReport(
         shards=len(header.shards),
@@ -85,16 +92,20 @@ def verify_objects(
         keys=tuple(key for _, key, _ in found),
         cold=cold,
         lost=header.lost,
+        unreadable=tuple(names[UNREADABLE]),
     )
 
 
-def _problem(kvstore: Any, key: str, record: StoredFile) -> str:
+def problem_of(kvstore: Any, key: str, trouble: Callable[[bytes], str]) -> str:
+    """What is wrong with an object: missing, unreadable, or what ``trouble`` says of its bytes."""
     try:
         found = kvstore.read(key).result()
-    except Exception as error:  # drivers raise many kinds; all mean the same here
-        return f"unreadable ({reason(error)})"
-    if found.state == "missing":
-        return "missing"
-    if len(found.value) != record.bytes:
-        return f"damaged: {len(found.value)} bytes, expected {record.bytes}"
-    return "" if StoredFile.of(found.value) == record else "damaged: another SHA-256"
+    except Exception as error:  # drivers raise many kinds; none says anything of the bytes
+        return f"{UNREADABLE} ({reason(error)})"
+    return "missing" if found.state == "missing" else trouble(found.value)
+
+
+def _trouble(content: bytes, record: StoredFile) -> str:
+    if len(content) != record.bytes:
+        return f"damaged: {len(content)} bytes, expected {record.bytes}"
+    return "" if StoredFile.of(content) == record else "damaged: another SHA-256"

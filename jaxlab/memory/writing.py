@@ -96,10 +96,10 @@ class ShardWriter(BankReader):
         objects |= encode_array(new, self.as_stored(memories))
         return self._put(objects, self.next_number, shard.start, shard.count)
 
-    def forget(self, shard: Shard, paths: Iterable[str]) -> int:
+    def forget(self, shard: Shard, paths: Iterable[str]) -> None:
         """Delete memories of a cold shard, which are encoded again when they are next read."""
-        gone = [delete_object(self._kvstore, shard.folder + p, url=self.url) for p in paths]
-        return len(gone)
+        for path in paths:
+            delete_object(self._kvstore, shard.folder + path, url=self.url)
 
     def _put(
         self,

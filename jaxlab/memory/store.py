@@ -26,6 +26,7 @@ each of which sees the bank as it was when opened.
 """
 
 import contextlib
+import operator
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -205,15 +206,16 @@ class Bank(ShardWriter):
         Raises BankError for a row that the bank does not have.
         """
         self.require_writable()
-        rows = np.fromiter(rows, np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
-            raise BankError(f"bank {self.url} has no reference {rows.max()}; nothing was deleted")
+        rows = [operator.index(row) for row in rows]
+        for row in rows:
+            if not 0 <= row < self.rows:
+                raise BankError(f"bank {self.url} has no reference {row}; nothing was deleted")
         alive = self.alive()
         before = np.ones(self.rows, bool) if alive is None else alive
         sources, after = list(sources), before.copy()
         if sources:
             after &= ~self.rows_of(sources)
-        after[rows] = False
+        after[np.array(rows, np.int64)] = False
         if (gone := int(before.sum() - after.sum())) > 0:
             content = np.flatnonzero(~after).astype("<i8").tobytes()
             placed = self._place("deleted", content)

@@ -66,9 +66,11 @@ def _runs(bank: Bank, alive: np.ndarray, size: int) -> Iterator[Shard | np.ndarr
 
 
 def _is_whole(bank: Bank, shard: Shard, alive: np.ndarray) -> bool:
+    """Whether it gives nothing back to rewrite a shard alone."""
     if not alive[shard.start : shard.start + shard.count].all():
         return False
-    return not shard.cold or not bank.encoded(shard).size
+    # Of a cold one the memories are put together once all of them are there.
+    return not shard.cold or bank.encoded(shard).size < shard.count
 
 
 def _rewrite(bank: Bank, rows: np.ndarray, *, number: int, start: int) -> Shard:

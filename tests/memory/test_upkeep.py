@@ -177,10 +177,13 @@ def test_compacting_merges_cold_shards_once_they_are_encoded(tmp_path):
         bank.append_cold(embeddings[part], references[part])
     bank.warm(np.array([0, 1, 2, 3, 6]), memories[[0, 1, 2, 3, 6]])
     before = told(bank)
-    bank.compact(shard_references=4)
+    partly = bank.shards[1].name
+    assert bank.compact(shard_references=4) == 1
     assert told(Bank.open(tmp_path)) == before and bank.verify().ok
     assert [shard.cold for shard in bank.shards] == [False, True]
     assert bank.cold_rows().tolist() == [4, 5, 7]
+    # To rewrite a full shard that is cold in part would give back nothing.
+    assert bank.shards[1].name == partly and bank.compact(shard_references=4) == 0
 
 
 @pytest.mark.parametrize("encoded", [(), (0, 3), tuple(range(6))])

@@ -33,6 +33,8 @@ _NAME = re.compile(r"IVF(\d+),(Flat|SQ8|PQ(\d+))")
 RAM_BYTES = 1 << 31
 # FAISS asks for so many training rows a centroid, and takes no more than the second.
 _LEAST_A_LIST, _MOST_A_LIST = 39, 256
+# The codes of PQ, a byte each, are that many centroids.
+_LEAST_OF_CODES = 256
 _MARGIN = 32
 
 
@@ -91,6 +93,11 @@ class ApproximateIndex:
                 f"index {name!r}: {lists} lists are trained on {_LEAST_A_LIST * lists:,} "
                 f"references or more, the bank has {rows:,}: choose fewer lists, such as "
                 f"{fitting_name(rows) or FLAT}"
+            )
+        if parts and rows < _LEAST_OF_CODES:
+            raise ConfigError(
+                f"index {name!r}: codes of PQ are trained on {_LEAST_OF_CODES} references or more,"
+                f" the bank has {rows:,}: choose {fitting_name(rows) or FLAT}"
             )
         if parts and dim % parts:
             raise ConfigError(f"index {name!r}: {parts} parts do not divide the dimension {dim}")

@@ -169,6 +169,14 @@ def bank_of(folder, rows=ROWS) -> Bank:
     return bank
 
 
+def test_codes_of_fewer_rows_than_their_centroids_are_refused():
+    def some():
+        yield 0, VECTORS[:255]
+
+    with pytest.raises(ConfigError, match="256 references or more, the bank has 255: .* IVF4,SQ8"):
+        ApproximateIndex.fit(some, "IVF2,PQ4", rows=255, dim=DIM)
+
+
 def test_a_bank_is_searched_through_its_index_and_grows_with_it(tmp_path):
     bank = bank_of(tmp_path)
     exact = open_index(bank)

@@ -1,8 +1,8 @@
 """Approximate search for banks whose embeddings do not fit in RAM: FAISS's inverted lists.
 
 Rows are put into lists by their nearest of ``lists`` centroids and stored in fewer bytes; a query
-looks into its ``probes`` nearest lists. How much that misses is measured against exact search when
-an index is built, and kept with it.
+looks into its ``probes`` nearest lists, or into more where only some rows may be found. How much
+that misses is measured against exact search when an index is built, and kept with it.
 """
 
 import math
@@ -133,21 +133,33 @@ class ApproximateIndex:
     ) -> Hits:
         """The ``k`` nearest that are found; scores are those of the shortened rows.
 
-        Query by query: FAISS takes other ways for many at once, and other roundings with them.
+        Never fewer than ``k`` where so many are allowed. Query by query: FAISS takes other ways for
+        many at once, and other roundings with them.
         """
         queries = check_queries(self, queries, k, allowed)
         hits = no_hits(len(queries), k)
-        params = search_params(allowed, "SearchParametersIVF")
-        params = params or self._faiss.SearchParametersIVF()
-        params.nprobe = self.probes
-        width = min(k + _MARGIN, max(1, len(self)))  # more, so that ties go by row number
-        for row in range(len(queries)):
-            scores, ids = self._index.search(queries[row : row + 1], width, params=params)
-            found = ids[0] >= 0
-            scores, ids = scores[0][found], ids[0][found]
+        there = len(self) if allowed is None else allowed.count
+        for row in range(len(queries) if there else 0):
+            ids, scores = self._nearest(queries[row : row + 1], k, allowed, there)
             order = np.lexsort((ids, -scores))[:k]
             hits.ids[row, : len(order)], hits.scores[row, : len(order)] = ids[order], scores[order]
         return hits
+
+    def _nearest(
+        self, query: np.ndarray, k: int, allowed: Allowed | None, there: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and scores of one query, more than ``k`` so that ties go by row number."""
+        params = search_params(allowed, "SearchParametersIVF")
+        params = params or self._faiss.SearchParametersIVF()
+        # As many rows are looked at as if all were allowed: few of them may lie in few lists.
+        probes = math.ceil(self.probes * len(self) / there)
+        while True:
+            params.nprobe = min(probes, self._index.nlist)
+            scores, ids = self._index.search(query, min(k + _MARGIN, there), params=params)
+            found = ids[0] >= 0
+            if found.sum() >= min(k, there) or probes >= self._index.nlist:
+                return ids[0][found], scores[0][found]
+            probes *= 4
 
     def to_file(self, path: str | Path) -> None:
         """Write the index to a local file."""

@@ -83,6 +83,21 @@ def test_only_allowed_rows_are_found_and_of_them_the_nearest(flat):
         assert (flat.search(QUERIES, 6, allowed=Allowed(np.zeros(ROWS, bool))).ids == -1).all()
 
 
+@pytest.mark.parametrize("count", [1, 5, 90, 400])
+def test_all_of_few_allowed_rows_are_found_however_few_lists_a_search_looks_into(flat, count):
+    """Few rows lie in few lists, or in those that are far from the query."""
+    index = fitted(probes=2)
+    far = np.argsort(VECTORS @ QUERIES[0])[:count]
+    for rows in (far, np.random.default_rng(count).choice(ROWS, count, replace=False)):
+        mask = np.zeros(ROWS, bool)
+        mask[rows] = True
+        found = index.search(QUERIES, 5, allowed=Allowed(mask))
+        assert ((found.ids >= 0).sum(axis=1) == min(5, count)).all()
+        assert mask[found.ids[found.ids >= 0]].all()
+        if count * LISTS <= 2 * ROWS:  # then it is an exact search
+            same(found, flat.search(QUERIES, 5, allowed=Allowed(mask)))
+
+
 def test_rows_may_be_added_in_any_blocks_and_later(flat):
     grown = FlatIndex.of(blocks(33), DIM)
     same(grown.search(QUERIES, 5), flat.search(QUERIES, 5))

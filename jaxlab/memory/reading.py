@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, SupportsIndex
+from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
@@ -106,10 +107,13 @@ class BankReader(ShardAccess):
         Raises BankError when it is missing or damaged: it is read once, against its checksum.
         """
         placed = self._header.index_file
-        path = self.url.removeprefix("file://")
-        if "://" in path:
+        if self.url.startswith("file://"):
+            path = unquote(self.url.removeprefix("file://"))
+        elif "://" in self.url:
             return placed.key, self._checked(placed)
-        path = os.path.join(os.path.expanduser(path), placed.key)
+        else:
+            path = os.path.expanduser(self.url)
+        path = os.path.join(path, placed.key)
         if not os.path.exists(path) or StoredFile.of_path(path) != placed.file:
             raise BankError(
                 f"bank {self.url}: {placed.key} is damaged or missing; make it again with"

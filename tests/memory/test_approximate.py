@@ -169,6 +169,14 @@ def test_what_cannot_be_built_is_an_error(name, message):
         ApproximateIndex.fit(blocks, name, rows=ROWS, dim=DIM)
 
 
+def test_codes_of_fewer_rows_than_their_centroids_are_refused():
+    def some():
+        yield 0, VECTORS[:255]
+
+    with pytest.raises(ConfigError, match="256 references or more, the bank has 255: .* IVF4,SQ8"):
+        ApproximateIndex.fit(some, "IVF2,PQ4", rows=255, dim=DIM)
+
+
 def bank_of(folder, rows=ROWS) -> Bank:
     texts = [f"word{row} and word{row * 7 % 97} of {row % 13}" for row in range(rows)]
     embedder = LsaEmbedder.fit(texts, dim=32)
@@ -182,14 +190,6 @@ def bank_of(folder, rows=ROWS) -> Bank:
         ]
         bank.append(memories, kept, embedder.embed(some), references)
     return bank
-
-
-def test_codes_of_fewer_rows_than_their_centroids_are_refused():
-    def some():
-        yield 0, VECTORS[:255]
-
-    with pytest.raises(ConfigError, match="256 references or more, the bank has 255: .* IVF4,SQ8"):
-        ApproximateIndex.fit(some, "IVF2,PQ4", rows=255, dim=DIM)
 
 
 def test_a_bank_is_searched_through_its_index_and_grows_with_it(tmp_path):
@@ -212,6 +212,13 @@ def test_a_bank_is_searched_through_its_index_and_grows_with_it(tmp_path):
     index = open_index(Bank.open(tmp_path / "bank"))
     assert len(index) == ROWS + 3
     assert {ROWS, 0} <= set(index.search(added[:1], 2).ids[0].tolist())
+
+
+def test_an_index_is_found_at_an_address_with_escapes(tmp_path):
+    bank = bank_of(tmp_path / "my notes")
+    build_index(bank, "IVF16,SQ8")
+    escaped = f"file://{tmp_path}/my%20notes/bank"
+    assert isinstance(open_index(Bank.open(escaped)), ApproximateIndex)
 
 
 def test_an_index_that_is_damaged_or_of_another_bank_is_not_used(tmp_path):

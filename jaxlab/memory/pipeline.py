@@ -18,6 +18,7 @@ from jaxlab.errors import BankError, DataError, Preempted
 from jaxlab.memory.embedders import Embedder
 from jaxlab.memory.header import BankSpec, Shard
 from jaxlab.memory.progress import Progress
+from jaxlab.memory.shards import marks_of
 from jaxlab.memory.store import SHARD_REFERENCES, Bank, StoredReference, bank_exists
 from jaxlab.memory.write import compile_encode
 from jaxlab.sharding.batches import local_place
@@ -302,14 +303,14 @@ def bank_spec(model: LoadedModel, embedder: Embedder) -> BankSpec:
 
 def _check_same_references(bank: Bank, references: References, url: str) -> None:
     """A bank that was begun holds the first of these references, or it is another corpus."""
-    alive = bank.alive()
-    rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
-    ids = sorted({int(rows[at]) for at in (0, len(rows) // 2, -1)}) if len(rows) else []
-    for row, stored in zip(ids, bank.references(ids), strict=True):
-        if row < len(references) and stored.text == references.texts[row]:
-            continue
+    alive, stored = bank.alive(), bank.marks()
+    living = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    shared = min(bank.rows, len(references))
+    same = np.zeros(bank.rows, bool)
+    same[:shared] = stored[:shared] == marks_of([_stored(references, n) for n in range(shared)])
+    for row in living[~same[living]][:1]:
         why = "the bank was begun with another source; use the same --data or another --bank"
-        if row != ids[0]:
+        if row != living[0]:
             why = f"`jaxlab memory append` added it, and adds what is missing, or {why}"
         raise BankError(
             f"bank {url}: reference {row} is not one of the {len(references):,} that this source "

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Bool, Float32, Int, Int32, Shaped
+from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt64
 
 from jaxlab.errors import BankError
 from jaxlab.memory.access import ShardAccess
@@ -34,7 +34,8 @@ from jaxlab.memory.shards import (
     REFERENCES,
     SOURCES,
     StoredReference,
-    line_table,
+    line_marks,
+    marks_of,
     read_line,
 )
 from jaxlab.memory.verify import VerifyReport, verify_objects
@@ -212,14 +213,11 @@ class BankReader(ShardAccess):
 
     def has(self, references: Sequence[StoredReference]) -> Bool[np.ndarray, " n"]:
         """Whether the bank holds each reference, alive; texts are read only where sums agree."""
-        marks = _marks(line_table([reference.to_line() for reference in references]))
+        marks = marks_of(references)
         wanted: dict[int, list[int]] = {}
         for place, mark in enumerate(marks.tolist()):
             wanted.setdefault(mark, []).append(place)
-        there, found = np.zeros(self.rows, np.uint64), np.zeros(len(references), bool)
-        tables = [(shard, self._start(shard, "lines", slice(None))) for shard in self.shards]
-        for shard, table in tables:
-            there[shard.start : shard.start + shard.count] = _marks(self._finish(shard, table))
+        there, found = self.marks(), np.zeros(len(references), bool)
         alive, same = self.alive(), np.isin(there, marks)
         rows = np.flatnonzero(same if alive is None else same & alive)
         for mark, one in zip(there[rows].tolist(), self.references(rows), strict=True):
@@ -247,6 +245,14 @@ class BankReader(ShardAccess):
         return out
 
     def embedder(self, *, model_embed: ModelEmbed | None = None) -> Embedder:
+    def marks(self) -> UInt64[np.ndarray, " rows"]:
+        """Length and checksum of each row's text, source and tokens (:func:`marks_of`)."""
+        out = np.zeros(self.rows, np.uint64)
+        tables = [(shard, self._start(shard, "lines", slice(None))) for shard in self.shards]
+        for shard, table in tables:
+            out[shard.start : shard.start + shard.count] = line_marks(self._finish(shard, table))
+        return out
+
         """The embedder the bank was written with; raises BankError when its state is damaged."""
         return open_embedder(
             self.spec.embedder, state=self.embedder_state() or None, model_embed=model_embed
@@ -387,8 +393,3 @@ class BankReader(ShardAccess):
 def _living(header: Header) -> tuple:
     # The content alone: in another bank the same list has another key.
     return header.rows, header.deleted_file and header.deleted_file.file, header.lost
-
-
-def _marks(lines: np.ndarray) -> np.ndarray:
-    """Length and checksum of each line as one number."""
-    return lines[:, 1] << np.uint64(32) | lines[:, 2]

@@ -153,6 +153,18 @@ def test_a_bank_is_not_continued_with_another_corpus(tmp_path):
     assert len(opened(tmp_path)) == len(TEXTS)
 
 
+@pytest.mark.parametrize("row", [1, 2, 5, 6])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_change_anywhere_in_the_source_is_noticed_and_its_row_named(tmp_path, row, whole):
+    write_small_bank(tmp_path, TEXTS if whole else TEXTS[:7], shard_references=3)
+    Bank.open(tmp_path / "bank", write=True).delete(rows=[3])
+    changed = [*TEXTS[:row], "ababab", *TEXTS[row + 1 :]]
+    with pytest.raises(BankError, match=f"reference {row} is not .* another source"):
+        write_small_bank(tmp_path, changed)
+    changed = [*TEXTS[:3], "ababab", *TEXTS[4:]]
+    assert write_small_bank(tmp_path, changed).references == len(TEXTS) - 1  # 3 was deleted
+
+
 def test_a_bank_is_neither_continued_nor_read_with_another_model(tmp_path):
     write_small_bank(tmp_path)
     model = small_model()

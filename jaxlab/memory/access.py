@@ -8,8 +8,8 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int
 
-from jaxlab.errors import BankError
-from jaxlab.memory.header import BankSpec, Header, PlacedFile, Shard, StoredFile
+from jaxlab.errors import BankError, RewrittenError
+from jaxlab.memory.header import HEADER_FILE, BankSpec, Header, PlacedFile, Shard, StoredFile
 from jaxlab.memory.objects import list_folders, read_object, reason
 from jaxlab.memory.shards import SOURCES, is_lone, lone_key
 from jaxlab.memory.verify import problem_of
@@ -20,7 +20,11 @@ _LONE_AT_ONCE = 64
 
 
 class ShardAccess:
-    """What lies in the shards of a bank. Every method raises BankError for what is damaged."""
+    """What lies in the shards of a bank.
+
+    Every method raises BankError for what is damaged or cannot be read, and RewrittenError where
+    the bank has given it up since it was opened here.
+    """
 
     _header: Header
 
@@ -135,7 +139,23 @@ class ShardAccess:
         return found.value
 
     def _unreadable(self, shard: Shard, error: Exception) -> BankError:
+        now = self._header_now()
+        if now is not None and shard not in now.shards:
+            return self._rewritten()
         return BankError(
             f"bank {self.url}: shard {shard.name} cannot be read ({reason(error)});"
             " run `jaxlab memory verify` to see what is damaged"
+        )
+
+    def _header_now(self) -> Header | None:
+        """The header that lies there by now; None where it cannot be read."""
+        try:
+            found = read_object(self._kvstore, HEADER_FILE, self.url)
+            return None if found.state == "missing" else Header.from_bytes(found.value, url="")
+        except BankError:
+            return None
+
+    def _rewritten(self) -> RewrittenError:
+        return RewrittenError(
+            f"bank {self.url} was rewritten meanwhile (compacted or repaired): open it again"
         )

@@ -294,8 +294,17 @@ class BankReader(ShardAccess):
         }
 
     def verify(self) -> VerifyReport:
-        """Read every object back and compare size and SHA-256; damage is reported, not raised."""
-        return verify_objects(self._kvstore, self._header, self.check_lone)
+        """Read every object back and compare size and SHA-256; damage is reported, not raised.
+
+        Raises RewrittenError when objects are gone because the bank was rewritten meanwhile.
+        """
+        found = verify_objects(self._kvstore, self._header, self.check_lone)
+        now = None if found.ok else self._header_now()
+        if now is not None:
+            listed = {key for _, key, _ in now.objects()}
+            if any(key not in listed for _, key, _ in self._header.objects()):
+                raise self._rewritten()
+        return found
 
     def embeddings_of(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n dim"]:
         """Embeddings of rising rows."""

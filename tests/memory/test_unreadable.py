@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlab.cli import main
-from jaxlab.errors import BankError
+from jaxlab.errors import BankError, RewrittenError
 from jaxlab.memory.store import Bank
 from tests.memory.stored import SPEC, contents, files_of, written
 
@@ -103,3 +103,36 @@ def test_an_embedder_that_cannot_be_read_now_sets_no_shard_aside(tmp_path, monke
     with pytest.raises(BankError, match="slow down"):
         bank.repair()
     assert Bank.open(tmp_path).lost == ()
+
+
+READS = (
+    lambda bank: bank.read([3]),
+    lambda bank: bank.references([3]),
+    lambda bank: bank.embeddings(),
+    lambda bank: bank.sources(),
+    lambda bank: bank.verify(),
+)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_what_a_compaction_took_from_an_open_reader_is_not_called_damage(tmp_path, read):
+    bank = written(tmp_path)
+    reader = Bank.open(tmp_path)
+    bank.delete(rows=[0])
+    bank.compact()
+    with pytest.raises(RewrittenError, match="was rewritten meanwhile .*open it again"):
+        read(reader)
+    assert Bank.open(tmp_path).verify().ok
+
+
+@pytest.mark.parametrize("read", READS[:-1])
+def test_damage_is_called_damage_though_the_bank_was_changed_elsewhere(tmp_path, read):
+    bank = written(tmp_path)
+    reader = Bank.open(tmp_path)
+    bank.delete(rows=[0])
+    for path in (tmp_path / bank.shards[1].folder).rglob("*"):
+        path.is_file() and path.write_bytes(b"damaged")
+    with pytest.raises(BankError, match="verify` to see what is damaged") as raised:
+        read(reader)
+    assert not isinstance(raised.value, RewrittenError)
+    assert reader.verify().damaged == (bank.shards[1].name,)

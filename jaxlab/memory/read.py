@@ -143,7 +143,7 @@ class MemoryReader:
         bank.alive()  # raises where it cannot be read, before anything is taken over
         index = self._retriever.index
         grows = self._append is not None or isinstance(index, FlatIndex)
-        fresh = bank.embeddings_of(np.arange(len(index), bank.rows)) if grows else None
+        fresh = bank.embeddings(len(index), bank.rows) if grows else None
         with self._lock:
             if fresh is not None:
                 index.add(fresh)

@@ -126,6 +126,10 @@ class BankReader(ShardAccess):
         """SHA-256 over the embeddings of the first ``rows``: what an index has to be of."""
         return self._header.fingerprint(self.rows if rows is None else rows)
 
+    def continues(self, older: "BankReader") -> bool:
+        """Whether the rows of ``older`` are the same here, but for those that were lost since."""
+        return self._header.continues(older._header)
+
     def index_fits(self) -> bool:
         """Whether the index is of this bank's rows; appended ones may be missing from it."""
         return self._header.index_fits()
@@ -176,16 +180,32 @@ class BankReader(ShardAccess):
         """The living rows whose memories have not been encoded yet."""
         return self._cold_rows(self._encoded())
 
-    def embeddings(self) -> Float32[np.ndarray, "rows dim"]:
-        """The embeddings of all rows, in order, at once: deleted ones as well, zeros for lost."""
-        return self._embeddings(0, self.rows)
+    def embeddings(
+        self, start: int = 0, stop: int | None = None
+    ) -> Float32[np.ndarray, "rows dim"]:
+        """Embeddings of the rows from ``start`` to ``stop`` (None: the last), at once and in order.
+
+        Of deleted ones as well; zeros for lost ones.
+        """
+        stop = self.rows if stop is None else stop
+        out = np.zeros((stop - start, self.spec.embedding_dim), np.float32)
+        pending = []
+        for shard in self.shards:
+            first, last = max(start, shard.start), min(stop, shard.start + shard.count)
+            if first < last:
+                inside = slice(first - shard.start, last - shard.start)
+                future = self._start(shard, "embeddings", inside)
+                pending.append((shard, future, out[first - start : last - start]))
+        for shard, future, part in pending:
+            part[...] = self._finish(shard, future)
+        return out
 
     def embedding_blocks(
         self, rows: int = _BLOCK_ROWS
     ) -> Iterator[tuple[int, Float32[np.ndarray, "n dim"]]]:
         """All embeddings in blocks of ``rows``, each with the number of its first row."""
         for start in range(0, self.rows, rows):
-            yield start, self._embeddings(start, min(start + rows, self.rows))
+            yield start, self.embeddings(start, min(start + rows, self.rows))
 
     def reference(self, row: int) -> StoredReference:
         """The text of one reference."""
@@ -225,6 +245,14 @@ class BankReader(ShardAccess):
                 found[place] |= references[place] == one
         return found
 
+    def marks(self) -> UInt64[np.ndarray, " rows"]:
+        """Length and checksum of each row's text, source and tokens (:func:`marks_of`)."""
+        out = np.zeros(self.rows, np.uint64)
+        tables = [(shard, self._start(shard, "lines", slice(None))) for shard in self.shards]
+        for shard, table in tables:
+            out[shard.start : shard.start + shard.count] = line_marks(self._finish(shard, table))
+        return out
+
     def sources(self) -> dict[str, int]:
         """How many living references each source has."""
         found: dict[str, int] = {}
@@ -245,14 +273,6 @@ class BankReader(ShardAccess):
         return out
 
     def embedder(self, *, model_embed: ModelEmbed | None = None) -> Embedder:
-    def marks(self) -> UInt64[np.ndarray, " rows"]:
-        """Length and checksum of each row's text, source and tokens (:func:`marks_of`)."""
-        out = np.zeros(self.rows, np.uint64)
-        tables = [(shard, self._start(shard, "lines", slice(None))) for shard in self.shards]
-        for shard, table in tables:
-            out[shard.start : shard.start + shard.count] = line_marks(self._finish(shard, table))
-        return out
-
         """The embedder the bank was written with; raises BankError when its state is damaged."""
         return open_embedder(
             self.spec.embedder, state=self.embedder_state() or None, model_embed=model_embed
@@ -323,6 +343,8 @@ class BankReader(ShardAccess):
             self._alive = self._read_alive(header)
         self._header = header
         self._starts = np.array([shard.start for shard in header.shards], np.int64)
+        # The last is for rows before the first shard, whose owner is -1.
+        self._stops = np.array([*(each.start + each.count for each in header.shards), 0], np.int64)
 
     def _read_alive(self, header: Header) -> np.ndarray | BankError | None:
         if header.deleted_file is None and not header.lost:
@@ -364,23 +386,12 @@ class BankReader(ShardAccess):
     ) -> Iterator[tuple[Shard, Int[np.ndarray, " part"], slice]]:
         """Shards of rising ``rows``: each with its rows, counted within it, and their places."""
         owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for row in rows[rows >= self._stops[owner]][:1]:
+            raise BankError(f"bank {self.url}: reference {row} lies in no shard")
         for number in np.unique(owner):
             first, last = np.searchsorted(owner, [number, number + 1])
             shard = self.shards[number]
             yield shard, rows[first:last] - shard.start, slice(first, last)
-
-    def _embeddings(self, start: int, stop: int) -> Float32[np.ndarray, "n dim"]:
-        out = np.zeros((stop - start, self.spec.embedding_dim), np.float32)
-        pending = []
-        for shard in self.shards:
-            first, last = max(start, shard.start), min(stop, shard.start + shard.count)
-            if first < last:
-                inside = slice(first - shard.start, last - shard.start)
-                future = self._start(shard, "embeddings", inside)
-                pending.append((shard, future, out[first - start : last - start]))
-        for shard, future, part in pending:
-            part[...] = self._finish(shard, future)
-        return out
 
     def _shard_sources(self) -> Iterator[tuple[Shard, list[str], Int32[np.ndarray, " n"]]]:
         """For each shard the names of its sources and the place of each row's among them."""

@@ -85,3 +85,21 @@ def test_texts_of_no_row_are_refused(tmp_path):
     for ids in ([0, 5], [-1, 2]):
         with pytest.raises(BankError, match="has 5 references; there is no"):
             bank.references(ids)
+
+
+def test_rows_of_a_shard_that_was_set_aside_are_read_from_no_other(tmp_path):
+    bank = written(tmp_path, counts=(3, 2, 4))
+    whole = bank.embeddings()
+    (tmp_path / bank.shards[1].folder / "references.jsonl").unlink()
+    bank.repair()
+    assert not bank.embeddings(2, 6)[1:3].any()
+    np.testing.assert_array_equal(bank.embeddings(2, 6)[[0, 3]], whole[[2, 5]])
+    for rows in ([2, 3], [4]):
+        for read in (bank.embeddings_of, bank.read_any):
+            with pytest.raises(BankError, match=f"reference {rows[-1]} lies in no shard"):
+                read(np.array(rows))
+    (tmp_path / bank.shards[0].folder / "references.jsonl").unlink()
+    bank = Bank.open(tmp_path, write=True)
+    bank.repair()
+    with pytest.raises(BankError, match="reference 1 lies in no shard"):
+        bank.embeddings_of(np.array([1, 6]))

@@ -253,13 +253,18 @@ class Header:
 
     def fingerprint(self, rows: int) -> str:
         """SHA-256 over the embeddings of the first ``rows``: what an index has to be of."""
-        listed = [
-            (shard.start, shard.count, sorted(_records(shard, "embeddings/")))
-            for shard in self.shards
-            if shard.start < rows
-        ]
+        listed = [_embedded(shard) for shard in self.shards if shard.start < rows]
         listed += [(each.start, each.count) for each in self.lost if each.start < rows]
         return _sha256(json.dumps(listed))
+
+    def continues(self, older: "Header") -> bool:
+        """Whether the rows of ``older`` are the same here, but for those that were lost since."""
+        lost = {(each.start, each.count) for each in self.lost}
+        here = {json.dumps(_embedded(shard)) for shard in self.shards}
+        return all((each.start, each.count) in lost for each in older.lost) and all(
+            json.dumps(_embedded(shard)) in here or (shard.start, shard.count) in lost
+            for shard in older.shards
+        )
 
     def index_fits(self) -> bool:
         """Whether the index is of the rows that are here; True where there is none."""
@@ -299,8 +304,10 @@ class Header:
             raise _damaged(url, f"a field is missing or unknown: {error}") from error
 
 
-def _records(shard: Shard, prefix: str) -> list[tuple[str, str]]:
-    return [(path, file.sha256) for path, file in shard.files.items() if path.startswith(prefix)]
+def _embedded(shard: Shard) -> tuple[int, int, list[tuple[str, str]]]:
+    """Which rows a shard has, and the checksums of their embeddings."""
+    files = [(p, file.sha256) for p, file in shard.files.items() if p.startswith("embeddings/")]
+    return shard.start, shard.count, sorted(files)
 
 
 def _parse(body: dict[str, Any]) -> Header:

@@ -114,7 +114,7 @@ class MemoryReader:
         """Add documents to the bank, to be found from now on; the rows that are new.
 
         Their memories are encoded when they are first read. Raises BankError when the bank cannot
-        be written, or was rewritten (compacted, repaired) since it was opened here.
+        be written, or was rewritten (compacted) since it was opened here.
         """
         if self._append is None:
             raise BankError(f"bank {self.bank.url} was opened for reading only")
@@ -127,10 +127,10 @@ class MemoryReader:
     def refresh(self) -> None:
         """Take over what others deleted from the bank or appended to it; cheap if nothing changed.
 
-        Appended rows are found from now on where the search is exact or ``append`` was given; else
-        the index lies in its file, and they are found by who opens the bank again. Raises
-        RewrittenError when the rows were numbered anew (a compacted bank), and BankError when the
-        bank cannot be read now; all stays as it was then.
+        What a repair set aside counts as deleted. Appended rows are found from now on where the
+        search is exact or ``append`` was given; else the index lies in its file, and they are found
+        by who opens the bank again. Raises RewrittenError when the rows were numbered anew (a
+        compacted bank), and BankError when the bank cannot be read now; all stays as it was then.
         """
         with self._adding:
             # Read before the bank: what was committed between is taken over the next time.
@@ -152,9 +152,9 @@ class MemoryReader:
     def _grown(self) -> Bank:
         """The bank as it is now; what is known of its rows here must still hold."""
         bank = Bank.open(self.bank.url, identity=self.bank.spec.identity)
-        if bank.fingerprint(self.bank.rows) != self.bank.fingerprint():
+        if not bank.continues(self.bank):
             raise RewrittenError(
-                f"bank {bank.url} was rewritten since it was opened here (compacted or repaired),"
+                f"bank {bank.url} was rewritten since it was opened here (compacted, or made anew),"
                 " and its rows have other numbers: open it again"
             )
         return bank

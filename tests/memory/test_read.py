@@ -216,6 +216,30 @@ def test_what_was_appended_elsewhere_is_found_where_the_index_can_grow(tmp_path,
     assert (rows_read(exact.slots(np.array([[[128]]]))) == 128).all()
 
 
+def test_deletions_are_taken_over_though_a_shard_that_was_never_seen_was_set_aside(tmp_path):
+    """Its rows, and those of a shard that was read before, count as deleted and are not found."""
+    bank = made_bank(tmp_path / "bank", TEXTS)
+    reader = MemoryReader.open(Bank.open(bank.url), model_embed=letters)
+    for row in range(8, 12):
+        bank.append(
+            np.full((1, *SHAPE), row, np.float32), np.array([3], np.int32), letters(["h" * 9]),
+            [StoredReference("h" * 9, f"new {row}", 9)],
+        )  # fmt: skip
+        if row == 8:
+            reader.refresh()
+    for number in (1, 3):
+        (tmp_path / "bank" / bank.shards[number].folder / "references.jsonl").unlink()
+    assert len(bank.repair().set_aside) == 2
+    bank.delete(rows=[0])
+    reader.refresh()
+    wanted = MemoryReader.open(Bank.open(bank.url), model_embed=letters)
+    texts = [*TEXTS, "hhh"]
+    found = reader.search(texts, 12).ids
+    assert bits(found) == bits(wanted.search(texts, 12).ids)
+    assert {0, 8, 10}.isdisjoint(found.ravel()) and {9, 11} <= set(found[-1])
+    assert rows_read(reader.slots(np.array([[[9, 11]]]))).max() == 11
+
+
 def test_a_bank_that_was_renumbered_or_lost_elsewhere_is_told_and_not_taken_over(tmp_path):
     bank = made_bank(tmp_path / "bank", TEXTS)
     reader = MemoryReader.open(bank, model_embed=letters)

@@ -14,7 +14,7 @@ from jaxlab.errors import BankError, ConfigError, DataError, JaxlabError, Rewrit
 
 log = logging.getLogger(__name__)
 
-REWRITTEN = "the bank was compacted or repaired: start the server again"
+REWRITTEN = "the bank was compacted: start the server again"
 BANK_FAILED = "the bank could not be read or written; the server's log says why"
 TOO_MANY = "too many requests are waiting: try again later"
 FAILED = "the server failed; its log says why"

@@ -62,9 +62,12 @@ class TrainProgram:
         parts["accumulation"] = self.stage.accumulation
         ire = self.config.optimizer.ire
         curvature = ire and batch_curvature(ire, **parts)
-        skip = self.config.training.skip_nonfinite > 0
         return compile_train_step(
-            optimizer=self.optimizer, curvature=curvature, skip_nonfinite=skip, **parts
+            shardings=jax.tree.map(lambda x: x.sharding, self.state),
+            optimizer=self.optimizer,
+            curvature=curvature,
+            skip_nonfinite=self.config.training.skip_nonfinite > 0,
+            **parts,
         )
 
     @functools.cached_property

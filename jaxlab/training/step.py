@@ -149,13 +149,19 @@ def skip_unless_finite(new: State, old: State, metrics: Metrics) -> tuple[State,
     return kept.replace(step=new.step), {**metrics, "skipped": 1.0 - finite}
 
 
-def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """:func:`train_step` with its fixed parts bound, compiled; the state's buffers are reused."""
+def compile_train_step(
+    *, shardings: TrainState | None = None, **parts: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """:func:`train_step` with its fixed parts bound, compiled; the state's buffers are reused.
+
+    ``shardings`` of the state on a mesh of several devices, which it is given with and keeps: left
+    to choose, XLA moves small parts of it, and the step after is another program.
+    """
 
     def step(state, batch):
         return train_step(state, batch, **parts)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def compile_loss(

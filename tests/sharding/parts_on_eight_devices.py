@@ -1,7 +1,8 @@
 """The loss, its gradients and the draws on eight virtual devices, against those without a mesh.
 
 ``python -m tests.sharding.parts_on_eight_devices`` prints one JSON object: the largest differences,
-and how many collectives the compiled gradient of the loss holds.
+how many collectives the compiled gradient of the loss holds, and what of the training state lies
+elsewhere after a step.
 """
 
 import json
@@ -17,10 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxlab.config import MeshConfig
+from jaxlab.config import (
+    DataConfig,
+    ExperimentConfig,
+    IREConfig,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StageConfig,
+    StagesConfig,
+    TokenizerConfig,
+)
+from jaxlab.models.decoder import initial_parameters
 from jaxlab.sharding.mesh import make_mesh
 from jaxlab.sharding.rules import spec
 from jaxlab.training import losses
+from jaxlab.training.program import TrainProgram
+from jaxlab.training.state import start_state
+from jaxlab.training.step import SequenceFormat
 
 MESHES = {
     "replica 2 x fsdp 2 x tensor 2": MeshConfig(replica=2, fsdp=2, tensor=2),
@@ -72,7 +88,49 @@ def main() -> dict:
             for key in alone
         }
         found[name]["reductions in loops"] = _reductions_in_loops(text)
+        found[name]["moved"] = _moved(mesh)
     return found
+
+
+def _moved(mesh) -> list[str]:
+    """Leaves of the training state that lie elsewhere after a step, which then compiles again."""
+    width = 8 * mesh.shape["tensor"]
+    config = ExperimentConfig(
+        name="tiny",
+        model=ModelConfig(
+            vocab_size=128,
+            layers=2,
+            heads=mesh.shape["tensor"],
+            kv_heads=mesh.shape["tensor"],
+            head_dim=8,
+            ffn_width=width,
+            memory_layers=1,
+            compute_dtype="float32",
+        ),
+        memory=MemoryConfig(reference_length=16, tokens_kept=2),
+        tokenizer=TokenizerConfig(vocab_size=128),
+        data=DataConfig(source="installed-docs", sequence_length=128, facts_fraction=0.0),
+        optimizer=OptimizerConfig(ire=IREConfig(kappa=1.0, curvature_decay=0.5)),
+        stages=StagesConfig(
+            continual=StageConfig(steps=2, batch_size=8, learning_rate=1e-3, memory=True)
+        ),
+    )
+    form = SequenceFormat(bos_id=1, preface_ids=(1, 2), memory=config.memory)
+    program = TrainProgram(config, "continual", mesh, form)
+    with jax.set_mesh(mesh):
+        params = initial_parameters(config.model, 0, mesh)
+        state = start_state(params, program.optimizer, seed=0, mesh=mesh)
+        before = [leaf.sharding for leaf in jax.tree.leaves(state)]
+        batch = {
+            name: jax.device_put(np.ones(shape.shape, shape.dtype), shape.sharding)
+            for name, shape in program.batch.items()
+        }
+        after = jax.tree.leaves_with_path(program.step(state, batch)[0])
+    return [
+        jax.tree_util.keystr(path)
+        for lay, (path, leaf) in zip(before, after, strict=True)
+        if not lay.is_equivalent_to(leaf.sharding, leaf.ndim)
+    ]
 
 
 def _reductions_in_loops(text: str) -> int:

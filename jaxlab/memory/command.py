@@ -61,8 +61,10 @@ def add_commands(
     probes = "lists that a search looks into (a 32nd of them)"
     index.add_argument("--probes", type=positive, metavar="N", help=probes)
     index.add_argument("--run", metavar="DIR", help="the run, for a bank embedded by the model")
-    repair = command(memory, "repair", _repair, "make damaged shards again, or set them aside")
+    repair = command(memory, "repair", _repair, "make damaged shards again")
     repair.add_argument("--run", metavar="DIR", help=f"to encode damaged memories again: {_RUN}")
+    text = "give up shards that cannot be made again"
+    repair.add_argument("--set-aside", action="store_true", help=text)
     for each in (write, search, stats, verify, quantize, append, delete, compact, index, repair):
         each.add_argument("--bank", required=True, metavar="BANK", help="a path or a bucket URL")
 
@@ -233,7 +235,8 @@ def _repair(arguments: argparse.Namespace) -> int:
         model = load_model(arguments.run)
         identity = model.identity
         given = {"encode": reference_encoder(model), "model_embed": model.embed_texts}
-    done = Bank.open(arguments.bank, identity=identity, write=True).repair(**given)
+    bank = Bank.open(arguments.bank, identity=identity, write=True)
+    done = bank.repair(set_aside=arguments.set_aside, **given)
     for line in (*(f"lost: {each}" for each in done.lost), *done.problems):
         print(f"error: {line}", file=sys.stderr)
     if done.index_gone:

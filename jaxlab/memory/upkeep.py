@@ -1,6 +1,7 @@
 """Looking after a bank: give back the room of deleted references, make damaged shards again."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -87,9 +88,13 @@ def _rewrite(bank: Bank, rows: np.ndarray, *, number: int, start: int) -> Shard:
 
 
 def repair(
-    bank: Bank, *, encode: Encode | None = None, model_embed: ModelEmbed | None = None
+    bank: Bank,
+    *,
+    encode: Encode | None = None,
+    model_embed: ModelEmbed | None = None,
+    set_aside: bool = False,
 ) -> RepairReport:
-    """Make damaged shards again from what is sound of them; set aside those that cannot be.
+    """Make damaged shards again from what is sound of them; ``set_aside`` those that cannot be.
 
     With its texts sound a shard is made again: what else is damaged follows from them, memories by
     ``encode`` (:func:`jaxlab.memory.pipeline.reference_encoder`). A shard that is set aside is read
@@ -98,7 +103,8 @@ def repair(
     read.
 
     Raises BankError, and changes nothing, when something cannot be read now, which is no damage,
-    and when the codec or the list of deleted rows is damaged: then nothing is known.
+    when a shard cannot be made again and may not be set aside, and when the codec or the list of
+    deleted rows is damaged: then nothing is known.
     Raises ConfigError, and sets nothing aside, when a shard with sound texts takes the ``encode``
     or the ``model_embed`` that is not given.
     """
@@ -112,23 +118,38 @@ def repair(
                 f"bank {bank.url}: the object {owner} is damaged and cannot be made again; restore"
                 " it from a copy, or write the bank again"
             )
-    repaired, forgotten, lost, shards, aside = [], [], [], [], []
+    keys_of = {
+        shard.name: {
+            key.removeprefix(shard.folder) for key in found.keys if key.startswith(shard.folder)
+        }
+        for shard in bank.shards
+    }
+    # What the embedder was fitted to may be damaged as well.
+    embeds = "embedder" not in broken
+    beyond = [shard for shard in bank.shards if _is_beyond(keys_of[shard.name], embeds=embeds)]
+    aside = [LostShard(shard.name, shard.start, shard.count) for shard in beyond]
+    lost = [
+        f"{each} {_sources_told(bank, shard)}" for each, shard in zip(aside, beyond, strict=True)
+    ]
+    if lost and not set_aside:
+        raise BankError(
+            f"bank {bank.url}: {lost[0]}{_and_more(lost)} cannot be made again, for want of sound"
+            " texts or the embedder; nothing was changed: restore the files that `jaxlab memory"
+            " verify` names from a copy, or give these rows up with --set-aside (in Python"
+            " set_aside=True)"
+        )
+    repaired, forgotten, shards = [], [], []
     for shard in bank.shards:
-        bad = {key.removeprefix(shard.folder) for key in found.keys if key.startswith(shard.folder)}
+        if shard in beyond:
+            continue
+        bad = keys_of[shard.name]
         lone = {path for path in bad if path not in shard.files}
         if bad and bad == lone:
             forgotten.append((shard, lone))
         elif bad:
             number = bank.next_number + len(repaired)
-            # What the embedder was fitted to may be damaged as well.
-            embeds = "embedder" not in broken
-            made = _make_again(bank, shard, bad, encode, model_embed, number, embeds=embeds)
-            if made is None:
-                aside.append(LostShard(shard.name, shard.start, shard.count))
-                lost.append(f"{aside[-1]} {_sources_told(bank, shard)}")
-                continue
             repaired.append(shard.name)
-            shard = made
+            shard = _make_again(bank, shard, bad, encode, model_embed, number)
         shards.append(shard)
     index = bank.index_record
     if repaired or aside:
@@ -148,6 +169,19 @@ def repair(
     )
 
 
+def _is_sound(bad: set[str], name: str) -> bool:
+    return not any(path.startswith(f"{name}/") for path in bad)
+
+
+def _is_beyond(bad: set[str], *, embeds: bool) -> bool:
+    """Whether what is damaged of a shard follows from nothing that is there."""
+    return REFERENCES in bad or not (embeds or _is_sound(bad, "embeddings"))
+
+
+def _and_more(several: Sequence[str]) -> str:
+    return f" (and {len(several) - 1} shards more)" if len(several) > 1 else ""
+
+
 def _make_again(
     bank: Bank,
     shard: Shard,
@@ -155,17 +189,9 @@ def _make_again(
     encode: Encode | None,
     model_embed: ModelEmbed | None,
     number: int,
-    *,
-    embeds: bool,
-) -> Shard | None:
-    """The shard, written anew under another name; None when something cannot be had."""
-    spec = bank.spec
-
-    def sound(name: str) -> bool:
-        return not any(path.startswith(f"{name}/") for path in bad)
-
-    if REFERENCES in bad or not (embeds or sound("embeddings")):
-        return None
+) -> Shard:
+    """The shard, written anew under another name."""
+    spec, sound = bank.spec, functools.partial(_is_sound, bad)
     lines = bank.object_of(shard, REFERENCES).splitlines()
     references = [StoredReference.from_line(line) for line in lines]
     memories = cold = kept = None

@@ -65,6 +65,8 @@ def test_a_shard_is_given_up_only_where_no_run_can_help_and_verify_tells_of_it(
     assert changed == {"header.json"}  # the name of the writer
     (bank / "shards" / shard / "references.jsonl").unlink()
     line = fails("memory", "repair", "--bank", bank)
+    assert line.startswith(f"bank {bank}: shard {shard}: rows ") and "--set-aside" in line
+    line = fails("memory", "repair", "--bank", bank, "--set-aside")
     assert line.startswith(f"lost: shard {shard}: rows ")
     capsys.readouterr()
     assert main(["memory", "verify", "--bank", str(bank)]) == 1

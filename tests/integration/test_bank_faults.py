@@ -172,9 +172,14 @@ def test_codes_with_a_flipped_bit_are_not_read(larger, tmp_path):
 def test_a_missing_shard_is_set_aside_and_the_rest_is_served(tiny, tmp_path, capsys):
     bank = tiny.copy_bank(tmp_path)
     before, shard = told(Bank.open(bank)), Bank.open(bank).shards[1]
-    shutil.rmtree(bank / shard.folder)
+    shutil.move(bank / shard.folder, tmp_path / "elsewhere")
     words = ["memory", "repair", "--bank", str(bank), "--run", str(tiny.run)]
-    assert main(words) == 1
+    assert main(words) == 1  # a disk that is not mounted looks the same
+    shutil.move(tmp_path / "elsewhere", bank / shard.folder)
+    assert told(Bank.open(bank)) == before
+    shutil.rmtree(bank / shard.folder)
+    capsys.readouterr()
+    assert main([*words, "--set-aside"]) == 1
     printed = capsys.readouterr()
     last = shard.start + shard.count - 1
     assert f"error: lost: shard {shard.name}: rows {shard.start} to {last}" in printed.err

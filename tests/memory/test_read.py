@@ -229,7 +229,7 @@ def test_deletions_are_taken_over_though_a_shard_that_was_never_seen_was_set_asi
             reader.refresh()
     for number in (1, 3):
         (tmp_path / "bank" / bank.shards[number].folder / "references.jsonl").unlink()
-    assert len(bank.repair().set_aside) == 2
+    assert len(bank.repair(set_aside=True).set_aside) == 2
     bank.delete(rows=[0])
     reader.refresh()
     wanted = MemoryReader.open(Bank.open(bank.url), model_embed=letters)

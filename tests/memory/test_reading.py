@@ -91,7 +91,7 @@ def test_rows_of_a_shard_that_was_set_aside_are_read_from_no_other(tmp_path):
     bank = written(tmp_path, counts=(3, 2, 4))
     whole = bank.embeddings()
     (tmp_path / bank.shards[1].folder / "references.jsonl").unlink()
-    bank.repair()
+    bank.repair(set_aside=True)
     assert not bank.embeddings(2, 6)[1:3].any()
     np.testing.assert_array_equal(bank.embeddings(2, 6)[[0, 3]], whole[[2, 5]])
     for rows in ([2, 3], [4]):
@@ -100,6 +100,6 @@ def test_rows_of_a_shard_that_was_set_aside_are_read_from_no_other(tmp_path):
                 read(np.array(rows))
     (tmp_path / bank.shards[0].folder / "references.jsonl").unlink()
     bank = Bank.open(tmp_path, write=True)
-    bank.repair()
+    bank.repair(set_aside=True)
     with pytest.raises(BankError, match="reference 1 lies in no shard"):
         bank.embeddings_of(np.array([1, 6]))

@@ -185,7 +185,7 @@ def test_what_was_deleted_or_lost_is_so_in_the_copy(tmp_path, monkeypatch, kille
     source.delete(rows=[2, 30])
     (file,) = (tmp_path / "raw" / source.shards[1].folder).glob("references.jsonl")
     file.unlink()
-    assert source.repair().set_aside
+    assert source.repair(set_aside=True).set_aside
     if killed:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Bank, "lack_the_same", lambda *_: (_ for _ in ()).throw(Killed))

@@ -281,9 +281,10 @@ def test_what_only_the_model_makes_again_waits_for_it(tmp_path, kind):
     flip(part_of(tmp_path / "bank", bank.shards[0], "references.jsonl"))
     flip(part_of(tmp_path / "bank", bank.shards[1], kind))
     with pytest.raises(ConfigError, match="give --run RUN"):
-        bank.repair()
+        bank.repair(set_aside=True)
     assert (tmp_path / "bank/header.json").read_bytes() == header
-    done = Bank.open(bank.url, write=True).repair(encode=Encoder(), model_embed=letters)
+    again = Bank.open(bank.url, write=True)
+    done = again.repair(encode=Encoder(), model_embed=letters, set_aside=True)
     assert (done.set_aside, done.repaired) == ((bank.shards[0].name,), (bank.shards[1].name,))
     assert told(Bank.open(bank.url)) == before[3:]
 
@@ -292,7 +293,11 @@ def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path):
     bank = written(tmp_path, counts=COUNTS)
     whole, name = told(bank), bank.shards[1].name
     flip(part_of(tmp_path, bank.shards[1], "references.jsonl"))
-    done = bank.repair()
+    before = files_of(tmp_path)
+    with pytest.raises(BankError, match=rf"{name}: rows 3 to 4 of source 1 cannot .* nothing was"):
+        bank.repair()
+    assert files_of(tmp_path) == before
+    done = bank.repair(set_aside=True)
     assert (done.repaired, done.set_aside) == ((), (name,))
     assert done.lost == (f"shard {name}: rows 3 to 4 of source 1",)
     for each in (bank, Bank.open(tmp_path, write=True)):
@@ -316,7 +321,7 @@ def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path):
 def test_the_last_shard_may_be_lost_and_its_rows_are_not_given_again(tmp_path):
     bank = written(tmp_path)
     flip(part_of(tmp_path, bank.shards[1], "references.jsonl"))
-    bank.repair()
+    bank.repair(set_aside=True)
     assert bank.append(*contents(2, seed=8)) == range(5, 7)
     bank = Bank.open(tmp_path)
     assert np.flatnonzero(bank.alive()).tolist() == [0, 1, 2, 5, 6] and bank.verify().ok

@@ -170,7 +170,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         broken = found.damaged or found.missing
         state = "damaged" if broken else "not all of it can be read"
     cold = f", {found.cold} of them cold" if found.cold else ""
-    print(f"{arguments.bank}: {state}, {found.shards} shards, {found.references} references{cold}")
+    counts = f"{found.shards} shards, {found.references} references{cold}"
+    cure = "" if found.ok else "; `jaxlab memory repair` makes damaged shards again"
+    print(f"{arguments.bank}: {state}, {counts}{cure}")
     return 1 if gone or not found.ok else 0
 
 
@@ -219,9 +221,17 @@ def _compact(arguments: argparse.Namespace) -> None:
     from jaxlab.memory.store import Bank
 
     bank = Bank.open(arguments.bank, write=True)
+    index = bank.index_record
     written = bank.compact()
+    if bank.index_record != index:
+        _tell_index_gone(arguments.bank)
     result = {"shards_written": written, "shards": len(bank.shards), "references": len(bank)}
     print(json.dumps({"bank": arguments.bank, **result}))
+
+
+def _tell_index_gone(bank: str) -> None:
+    told = "its index was of other rows and is gone; make it again with `jaxlab memory index`"
+    print(f"bank {bank}: {told}", file=sys.stderr)
 
 
 def _repair(arguments: argparse.Namespace) -> int:
@@ -240,8 +250,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     for line in (*(f"lost: {each}" for each in done.lost), *done.problems):
         print(f"error: {line}", file=sys.stderr)
     if done.index_gone:
-        told = "its index was of other rows and is gone; make it again with `jaxlab memory index`"
-        print(f"bank {arguments.bank}: {told}", file=sys.stderr)
+        _tell_index_gone(arguments.bank)
     print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(done)}))
     return 1 if done.lost or done.problems else 0
 

@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
+from jaxlab.cli import main
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.approximate import (
     RAM_BYTES,
@@ -273,6 +274,17 @@ def test_repair_takes_an_index_of_lost_rows_away_and_says_so(tmp_path, spoilt):
             assert after.verify().ok
             assert isinstance(open_index(after), FlatIndex if gone else ApproximateIndex)
     assert not list((tmp_path / "bank/index").iterdir())
+
+
+def test_the_command_that_compacts_says_that_the_index_went(tmp_path, capsys):
+    bank = bank_of(tmp_path)
+    bank.compact()
+    build_index(bank, "IVF16,SQ8")
+    words = ["memory", "compact", "--bank", str(tmp_path / "bank")]
+    assert main(words) == 0 and "index" not in capsys.readouterr().err
+    Bank.open(tmp_path / "bank", write=True).delete(rows=[1])
+    assert main(words) == 0
+    assert "its index was of other rows and is gone" in capsys.readouterr().err
 
 
 def test_a_new_index_takes_the_place_of_the_old_and_compaction_takes_it_away(tmp_path):

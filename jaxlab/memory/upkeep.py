@@ -1,8 +1,9 @@
 """Looking after a bank: give back the room of deleted references, make damaged shards again."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -118,31 +119,21 @@ def repair(
                 f"bank {bank.url}: the object {owner} is damaged and cannot be made again; restore"
                 " it from a copy, or write the bank again"
             )
-    keys_of = {
-        shard.name: {
-            key.removeprefix(shard.folder) for key in found.keys if key.startswith(shard.folder)
-        }
-        for shard in bank.shards
-    }
+    bad_of = _bad_by_shard(found.keys)
     # What the embedder was fitted to may be damaged as well.
     embeds = "embedder" not in broken
-    beyond = [shard for shard in bank.shards if _is_beyond(keys_of[shard.name], embeds=embeds)]
-    aside = [LostShard(shard.name, shard.start, shard.count) for shard in beyond]
-    lost = [
-        f"{each} {_sources_told(bank, shard)}" for each, shard in zip(aside, beyond, strict=True)
-    ]
+    aside, lost = {}, []
+    for shard in bank.shards:
+        if _is_beyond(bad_of[shard.name], embeds=embeds):
+            aside[shard.name] = LostShard(shard.name, shard.start, shard.count)
+            lost.append(f"{aside[shard.name]} {_sources_told(bank, shard)}")
     if lost and not set_aside:
-        raise BankError(
-            f"bank {bank.url}: {lost[0]}{_and_more(lost)} cannot be made again, for want of sound"
-            " texts or the embedder; nothing was changed: restore the files that `jaxlab memory"
-            " verify` names from a copy, or give these rows up with --set-aside (in Python"
-            " set_aside=True)"
-        )
+        raise _not_given_up(bank, lost)
     repaired, forgotten, shards = [], [], []
     for shard in bank.shards:
-        if shard in beyond:
+        if shard.name in aside:
             continue
-        bad = keys_of[shard.name]
+        bad = bad_of[shard.name]
         lone = {path for path in bad if path not in shard.files}
         if bad and bad == lone:
             forgotten.append((shard, lone))
@@ -153,7 +144,7 @@ def repair(
         shards.append(shard)
     index = bank.index_record
     if repaired or aside:
-        bank.exchange(shards, lost=(*bank.lost, *aside))
+        bank.exchange(shards, lost=(*bank.lost, *aside.values()))
     for shard, lone in forgotten:
         bank.forget(shard, lone)
     index_gone = bank.index_record != index
@@ -161,7 +152,7 @@ def repair(
     left = tuple(line for line in found.problems if not line.startswith(settled))
     return RepairReport(
         repaired=tuple(repaired),
-        set_aside=tuple(each.name for each in aside),
+        set_aside=tuple(aside),
         lost=tuple(lost),
         forgotten=sum(len(lone) for _, lone in forgotten),
         index_gone=index_gone,
@@ -178,8 +169,23 @@ def _is_beyond(bad: set[str], *, embeds: bool) -> bool:
     return REFERENCES in bad or not (embeds or _is_sound(bad, "embeddings"))
 
 
-def _and_more(several: Sequence[str]) -> str:
-    return f" (and {len(several) - 1} shards more)" if len(several) > 1 else ""
+def _bad_by_shard(keys: Sequence[str]) -> Mapping[str, set[str]]:
+    """What is bad in each shard, by its name: places within its folder."""
+    found = collections.defaultdict(set)
+    for key in keys:
+        if key.startswith("shards/"):
+            _, name, path = key.split("/", 2)
+            found[name].add(path)
+    return found
+
+
+def _not_given_up(bank: Bank, lost: Sequence[str]) -> BankError:
+    more = f" (and {len(lost) - 1} shards more)" if len(lost) > 1 else ""
+    return BankError(
+        f"bank {bank.url}: {lost[0]}{more} cannot be made again, for want of sound texts or the"
+        " embedder; nothing was changed: restore the files that `jaxlab memory verify` names from"
+        " a copy, or give these rows up with --set-aside (in Python set_aside=True)"
+    )
 
 
 def _make_again(

@@ -49,9 +49,9 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
-def join(*weights: nnx.Param, axis: int = 1) -> nnx.Param:
+def join(*weights: nnx.Param) -> nnx.Param:
     """Weights side by side, so that one product does what several did: for inference."""
-    return nnx.Param(jnp.concatenate([one[...] for one in weights], axis))
+    return nnx.Param(jnp.concatenate([one[...] for one in weights], axis=1))
 
 
 def project(x: Float[Array, "... _"], weights: Float[Array, "..."], *, inputs: int = 1):

@@ -14,7 +14,7 @@ from jaxlab.config import ExperimentConfig, StageConfig
 from jaxlab.data.tokenizer import Tokenizer
 from jaxlab.models.decoder import abstract_decoder
 from jaxlab.optim.factory import make_optimizer
-from jaxlab.sharding.rules import batch_sharding
+from jaxlab.sharding.rules import batch_sharding, is_spread
 from jaxlab.training.curvature import batch_curvature
 from jaxlab.training.state import TrainState, abstract_state
 from jaxlab.training.step import Batch, Metrics, SequenceFormat, compile_train_step
@@ -62,8 +62,11 @@ class TrainProgram:
         parts["accumulation"] = self.stage.accumulation
         ire = self.config.optimizer.ire
         curvature = ire and batch_curvature(ire, **parts)
+        lies = None
+        if is_spread(self.mesh):
+            lies = jax.tree.map(lambda x: x.sharding, self.state)
         return compile_train_step(
-            shardings=jax.tree.map(lambda x: x.sharding, self.state),
+            shardings=lies,
             optimizer=self.optimizer,
             curvature=curvature,
             skip_nonfinite=self.config.training.skip_nonfinite > 0,

@@ -22,9 +22,7 @@ from jaxlab.config import (
     DataConfig,
     ExperimentConfig,
     IREConfig,
-    MemoryConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     StageConfig,
     StagesConfig,
@@ -37,6 +35,7 @@ from jaxlab.training import losses
 from jaxlab.training.program import TrainProgram
 from jaxlab.training.state import start_state
 from jaxlab.training.step import SequenceFormat
+from tests.models.tiny import PREFACE, tiny_config, tiny_memory
 
 MESHES = {
     "replica 2 x fsdp 2 x tensor 2": MeshConfig(replica=2, fsdp=2, tensor=2),
@@ -94,20 +93,11 @@ def main() -> dict:
 
 def _moved(mesh) -> list[str]:
     """Leaves of the training state that lie elsewhere after a step, which then compiles again."""
-    width = 8 * mesh.shape["tensor"]
+    heads = mesh.shape["tensor"]
     config = ExperimentConfig(
         name="tiny",
-        model=ModelConfig(
-            vocab_size=128,
-            layers=2,
-            heads=mesh.shape["tensor"],
-            kv_heads=mesh.shape["tensor"],
-            head_dim=8,
-            ffn_width=width,
-            memory_layers=1,
-            compute_dtype="float32",
-        ),
-        memory=MemoryConfig(reference_length=16, tokens_kept=2),
+        model=tiny_config(vocab_size=128, heads=heads, kv_heads=heads),
+        memory=tiny_memory(),
         tokenizer=TokenizerConfig(vocab_size=128),
         data=DataConfig(source="installed-docs", sequence_length=128, facts_fraction=0.0),
         optimizer=OptimizerConfig(ire=IREConfig(kappa=1.0, curvature_decay=0.5)),
@@ -115,7 +105,7 @@ def _moved(mesh) -> list[str]:
             continual=StageConfig(steps=2, batch_size=8, learning_rate=1e-3, memory=True)
         ),
     )
-    form = SequenceFormat(bos_id=1, preface_ids=(1, 2), memory=config.memory)
+    form = SequenceFormat(bos_id=1, preface_ids=tuple(PREFACE.tolist()), memory=config.memory)
     program = TrainProgram(config, "continual", mesh, form)
     with jax.set_mesh(mesh):
         params = initial_parameters(config.model, 0, mesh)

@@ -165,13 +165,13 @@ def _verify(arguments: argparse.Namespace) -> int:
         told = "were lost and set aside; `jaxlab memory compact` deletes their files and this note"
         print(f"error: {each} {told}", file=sys.stderr)
     gone = sum(each.count for each in found.lost)
-    state = f"{gone} references lost" if gone else "whole"
-    if not found.ok:
-        broken = found.damaged or found.missing
-        state = "damaged" if broken else "not all of it can be read"
+    state, cure = f"{gone} references lost" if gone else "whole", ""
+    if found.damaged or found.missing:
+        state, cure = "damaged", "; `jaxlab memory repair` makes damaged shards again"
+    elif not found.ok:
+        state = "not all of it can be read"
     cold = f", {found.cold} of them cold" if found.cold else ""
     counts = f"{found.shards} shards, {found.references} references{cold}"
-    cure = "" if found.ok else "; `jaxlab memory repair` makes damaged shards again"
     print(f"{arguments.bank}: {state}, {counts}{cure}")
     return 1 if gone or not found.ok else 0
 

@@ -13,22 +13,14 @@ from typing import Any, NamedTuple, SupportsIndex
 from urllib.parse import unquote
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt64
 
 from jaxlab.errors import BankError
-from jaxlab.memory.access import ShardAccess
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
-from jaxlab.memory.header import (
-    HEADER_FILE,
-    Header,
-    IndexRecord,
-    LostShard,
-    Shard,
-    StoredFile,
-)
+from jaxlab.memory.header import HEADER_FILE, IndexRecord, Shard, StoredFile
 from jaxlab.memory.objects import read_object
 from jaxlab.memory.quantize import Codec
+from jaxlab.memory.rows import BankRows
 from jaxlab.memory.shards import (
     CHECKSUM_BYTES,
     REFERENCES,
@@ -55,47 +47,8 @@ class StoredMemories(NamedTuple):
     cold: Bool[np.ndarray, "*ids"]
 
 
-class BankReader(ShardAccess):
+class BankReader(BankRows):
     """What can be read of a bank. Row numbers (ids) count over all shards from 0."""
-
-    def __init__(self, url: str, *, context: ts.Context, kvstore: Any, header: Header) -> None:
-        super().__init__(url, context=context, kvstore=kvstore)
-        self._use(header)
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The shards, in the order of their rows."""
-        return self._header.shards
-
-    @property
-    def rows(self) -> int:
-        """Row numbers in use, 0 to ``rows - 1``; those of deleted references stay as they are."""
-        return self._header.rows
-
-    @property
-    def next_number(self) -> int:
-        """What the name of the next shard begins with."""
-        return self._header.next_number
-
-    def __len__(self) -> int:
-        """Living references."""
-        alive = self.alive()
-        return self.rows if alive is None else int(alive.sum())
-
-    def alive(self) -> Bool[np.ndarray, " rows"] | None:
-        """False at deleted rows; None when every row lives. Raises BankError when not known."""
-        if isinstance(self._alive, BankError):
-            raise self._alive
-        return self._alive
-
-    @property
-    def lost(self) -> tuple[LostShard, ...]:
-        """Shards that :meth:`repair` set aside; their rows count as deleted."""
-        return self._header.lost
-
-    def lacks_the_same(self, other: "BankReader") -> bool:
-        """Whether the same rows were deleted or lost as in another bank."""
-        return _living(self._header) == _living(other._header)
 
     @property
     def index_record(self) -> IndexRecord | None:
@@ -337,37 +290,6 @@ class BankReader(ShardAccess):
             part[...] = self._finish(shard, future)
         return out
 
-    def _use(self, header: Header) -> None:
-        if getattr(self, "_header", None) is None or _living(self._header) != _living(header):
-            # At once, not when asked for: a later writer clears away what was valid when opened.
-            self._alive = self._read_alive(header)
-        self._header = header
-        self._starts = np.array([shard.start for shard in header.shards], np.int64)
-        # The last is for rows before the first shard, whose owner is -1.
-        self._stops = np.array([*(each.start + each.count for each in header.shards), 0], np.int64)
-
-    def _read_alive(self, header: Header) -> np.ndarray | BankError | None:
-        if header.deleted_file is None and not header.lost:
-            return None
-        alive = np.ones(header.rows, bool)
-        for each in header.lost:
-            alive[each.start : each.start + each.count] = False
-        if header.deleted_file is not None:
-            try:
-                content = self._checked(header.deleted_file)
-            except BankError as error:
-                return error  # to look after a bank is possible all the same
-            alive[np.frombuffer(content, "<i8")] = False
-        return alive
-
-    def _require_living(self, rows: Int[np.ndarray, " n"]) -> None:
-        alive = self.alive()
-        for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
-            raise BankError(f"bank {self.url} has {self.rows} references; there is no {row}")
-        if alive is not None and not alive[rows].all():
-            row = int(rows[~alive[rows]][0])
-            raise BankError(f"bank {self.url}: reference {row} was deleted")
-
     def _encoded(self) -> list[tuple[Shard, Int[np.ndarray, " _"]]]:
         """The cold shards, each with the rows within it whose memories are there."""
         return [(shard, self.encoded(shard)) for shard in self.shards if shard.cold]
@@ -380,18 +302,6 @@ class BankReader(ShardAccess):
             out[shard.start : shard.start + shard.count] = True
             out[shard.start + rows] = False
         return np.flatnonzero(out if alive is None else out & alive)
-
-    def _by_shard(
-        self, rows: Int[np.ndarray, " n"]
-    ) -> Iterator[tuple[Shard, Int[np.ndarray, " part"], slice]]:
-        """Shards of rising ``rows``: each with its rows, counted within it, and their places."""
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        for row in rows[rows >= self._stops[owner]][:1]:
-            raise BankError(f"bank {self.url}: reference {row} lies in no shard")
-        for number in np.unique(owner):
-            first, last = np.searchsorted(owner, [number, number + 1])
-            shard = self.shards[number]
-            yield shard, rows[first:last] - shard.start, slice(first, last)
 
     def _shard_sources(self) -> Iterator[tuple[Shard, list[str], Int32[np.ndarray, " n"]]]:
         """For each shard the names of its sources and the place of each row's among them."""
@@ -408,8 +318,3 @@ class BankReader(ShardAccess):
             return read_line(self._finish_object(shard, line, REFERENCES), crc)
         except ValueError as error:
             raise self._unreadable(shard, error) from error
-
-
-def _living(header: Header) -> tuple:
-    # The content alone: in another bank the same list has another key.
-    return header.rows, header.deleted_file and header.deleted_file.file, header.lost

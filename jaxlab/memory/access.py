@@ -12,7 +12,7 @@ from jaxlab.errors import BankError, RewrittenError
 from jaxlab.memory.header import HEADER_FILE, BankSpec, Header, PlacedFile, Shard, StoredFile
 from jaxlab.memory.objects import list_folders, read_object, reason
 from jaxlab.memory.shards import SOURCES, is_lone, lone_key
-from jaxlab.memory.verify import problem_of
+from jaxlab.memory.verify import DAMAGED, MISSING, CheckedLone, Trouble, trouble_of
 
 # An open array takes some 10 kB; to open one again costs the request of its zarr.json.
 _OPEN_ARRAYS = 4096
@@ -42,6 +42,11 @@ class ShardAccess:
         """One object of a shard as it lies there."""
         return self._finish_whole(shard, path, self._start_object(shard, path))
 
+    def found_object_of(self, shard: Shard, path: str) -> bytes | None:
+        """One object of a shard as it lies there, damaged or not; None where it is missing."""
+        found = read_object(self._kvstore, shard.folder + path, self.url)
+        return None if found.state == "missing" else found.value
+
     def array_of(self, shard: Shard, name: str) -> np.ndarray:
         """One array of a shard, whole."""
         return self._finish(shard, self._start(shard, name, slice(None)))
@@ -56,24 +61,25 @@ class ShardAccess:
         found = list_folders(self._kvstore, folder, url=self.url)
         return np.array(sorted(map(int, found)), np.int64)
 
-    def check_lone(self, shard: Shard) -> tuple[int, list[tuple[int, str, str]]]:
-        """How many memories of a cold shard are encoded; row, key and trouble of each bad one."""
-        rows, bad = self.encoded(shard).tolist(), []
+    def check_lone(self, shard: Shard) -> CheckedLone:
+        """The rows of a cold shard that are encoded; row, key and trouble of each bad memory."""
+        rows, bad = self.encoded(shard), []
         for start in range(0, len(rows), _LONE_AT_ONCE):
-            some = rows[start : start + _LONE_AT_ONCE]
+            some = rows[start : start + _LONE_AT_ONCE].tolist()
             pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in some]
             for row, future in pending:
                 try:
                     self._finish_lone(shard, row, future)
                 except BankError:
                     key = self._lone_key(shard, row)
-                    trouble = problem_of(self._kvstore, key, self._lone_trouble)
-                    if trouble not in ("", "missing"):  # else it can be read, or is gone, by now
+                    trouble = trouble_of(self._kvstore, key, self._lone_damage)
+                    # Else it can be read, or is gone, by now.
+                    if trouble is not None and trouble.kind != MISSING:
                         bad.append((row, key, trouble))
-        return len(rows), bad
+        return rows, bad
 
-    def _lone_trouble(self, content: bytes) -> str:
-        return "" if is_lone(content, self.spec) else "damaged: another checksum"
+    def _lone_damage(self, content: bytes) -> Trouble | None:
+        return None if is_lone(content, self.spec) else Trouble(DAMAGED, "another checksum")
 
     def _lone_key(self, shard: Shard, row: int) -> str:
         """Where the memory of a row, counted within a cold shard, lies in the bank."""

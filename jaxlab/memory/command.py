@@ -165,14 +165,15 @@ def _verify(arguments: argparse.Namespace) -> int:
         told = "were lost and set aside; `jaxlab memory compact` deletes their files and this note"
         print(f"error: {each} {told}", file=sys.stderr)
     gone = sum(each.count for each in found.lost)
-    state, cure = f"{gone} references lost" if gone else "whole", ""
+    state = f"{gone} references lost" if gone else "whole"
     if found.damaged or found.missing:
-        state, cure = "damaged", "; `jaxlab memory repair` makes damaged shards again"
+        state = "damaged"
     elif not found.ok:
         state = "not all of it can be read"
+    cures = "".join(f"; {cure}" for cure in dict.fromkeys(each.cure for each in found.findings))
     cold = f", {found.cold} of them cold" if found.cold else ""
     counts = f"{found.shards} shards, {found.references} references{cold}"
-    print(f"{arguments.bank}: {state}, {counts}{cure}")
+    print(f"{arguments.bank}: {state}, {counts}{cures}")
     return 1 if gone or not found.ok else 0
 
 

@@ -271,7 +271,9 @@ class BankReader(BankRows):
 
         Raises RewrittenError when objects are gone because the bank was rewritten meanwhile.
         """
-        found = verify_objects(self._kvstore, self._header, self.check_lone)
+        # Where the list of deleted rows cannot be read, that is found like any damage.
+        alive = None if isinstance(self._alive, BankError) else self._alive
+        found = verify_objects(self._kvstore, self._header, alive, self.check_lone)
         now = None if found.ok else self._header_now()
         if now is not None:
             listed = {key for _, key, _ in now.objects()}

@@ -35,7 +35,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxlab.errors import BankError
 from jaxlab.memory.header import (
@@ -45,6 +45,7 @@ from jaxlab.memory.header import (
     BankSpec,
     Header,
     IndexRecord,
+    PlacedFile,
     Shard,
 )
 from jaxlab.memory.objects import (
@@ -217,22 +218,24 @@ class Bank(ShardWriter):
             after &= ~self.rows_of(sources)
         after[np.array(rows, np.int64)] = False
         if (gone := int(before.sum() - after.sum())) > 0:
-            content = np.flatnonzero(~after).astype("<i8").tobytes()
-            placed = self._place("deleted", content)
-            self._commit(replace(self._header, deleted_file=placed))
+            self._commit(replace(self._header, deleted_file=self.store_deleted(after)))
         return gone
 
-    def compact(self, *, shard_references: int = SHARD_REFERENCES) -> int:
-        """Rewrite shards without deleted references; see :func:`jaxlab.memory.upkeep.compact`."""
-        from jaxlab.memory import upkeep
+    def store_deleted(self, alive: Bool[np.ndarray, " rows"]) -> PlacedFile:
+        """Write the list of deleted rows, which holds once the header names it."""
+        return self._place("deleted", np.flatnonzero(~alive).astype("<i8").tobytes())
 
-        return upkeep.compact(self, shard_references=shard_references)
+    def compact(self, *, shard_references: int = SHARD_REFERENCES) -> int:
+        """Rewrite shards without deleted references; see :func:`jaxlab.memory.compact.compact`."""
+        from jaxlab.memory.compact import compact
+
+        return compact(self, shard_references=shard_references)
 
     def repair(self, **options: Any) -> RepairReport:
-        """Make damaged shards again, or set them aside; see :func:`jaxlab.memory.upkeep.repair`."""
-        from jaxlab.memory import upkeep
+        """Make damaged shards again, or set them aside; see :func:`jaxlab.memory.repair.repair`."""
+        from jaxlab.memory.repair import repair
 
-        return upkeep.repair(self, **options)
+        return repair(self, **options)
 
     def keep_index(self, content: bytes, index: IndexRecord) -> None:
         """Store an index of this bank's rows in place of the one it had."""

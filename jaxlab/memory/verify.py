@@ -1,48 +1,109 @@
 """Reading a whole bank back against the checksums in its header."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Int
+
 from jaxlab.memory.header import Header, LostShard, Shard, StoredFile
 from jaxlab.memory.objects import reason
 
-UNREADABLE = "unreadable"
+MISSING, DAMAGED, UNREADABLE = "missing", "damaged", "unreadable"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What is wrong with an object.
+
+    ``kind`` is missing, damaged, or unreadable: what cannot be read now (permissions, a store that
+    does not answer) may be sound.
+    """
+
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})" if self.detail else self.kind
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A bad object: what it belongs to ("shard NAME", "codec", ...), its key and its trouble."""
+
+    owner: str
+    key: str
+    trouble: Trouble
+
+    @property
+    def cure(self) -> str:
+        """What to do about it."""
+        if self.trouble.kind == UNREADABLE:
+            return "mend the access, then repeat"
+        if self.owner.startswith("shard "):
+            return "`jaxlab memory repair` makes damaged shards again"
+        if self.owner == "index":
+            return "make the index again with `jaxlab memory index`"
+        return f"restore the object {self.owner} from a copy, or write the bank again"
+
+    def __str__(self) -> str:
+        return f"{self.owner}: {self.key} is {self.trouble}"
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What ``Bank.verify`` found; ``problems`` has one line for each bad file, ``keys`` its place.
+    """What ``Bank.verify`` found.
 
-    ``unreadable`` is what may be sound and cannot be read now (permissions, a store that does not
-    answer). ``cold`` references have no memory yet. ``lost`` shards were set aside by a repair;
-    their files are not looked at.
+    ``references`` are the living ones, and ``cold`` those of them that have no memory yet. ``lost``
+    shards were set aside by a repair; their files are not looked at.
     """
 
     shards: int
     references: int
     bytes: int
-    damaged: tuple[str, ...]
-    missing: tuple[str, ...]
-    problems: tuple[str, ...]
-    keys: tuple[str, ...] = ()
+    findings: tuple[Finding, ...]
     cold: int = 0
     lost: tuple[LostShard, ...] = ()
-    unreadable: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """True when every object that is in use is there and unchanged."""
-        return not self.problems
+        return not self.findings
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line for each bad object."""
+        return tuple(map(str, self.findings))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Shards (by name) and other owners of objects that are not there."""
+        return self._owners(MISSING)
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """Shards (by name) and other owners of objects that are not what was written."""
+        return self._owners(DAMAGED)
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Shards (by name) and other owners of objects that cannot be read now."""
+        return self._owners(UNREADABLE)
+
+    def _owners(self, kind: str) -> tuple[str, ...]:
+        found = (each.owner for each in self.findings if each.trouble.kind == kind)
+        return tuple(dict.fromkeys(owner.removeprefix("shard ") for owner in found))
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What ``Bank.repair`` did; ``lost`` has one line for each shard that was set aside.
+    """What ``Bank.repair`` did; ``lost`` has one line for each shard or reference given up.
 
-    ``forgotten`` memories of cold shards will be encoded again; ``index_gone``: the index was of
-    rows that are lost now, and has to be made again; ``problems`` are left.
+    ``set_aside`` are shards of which nothing is left. ``forgotten`` memories of cold shards will be
+    encoded again; ``index_gone``: the index was of rows that are lost now, and has to be made
+    again; ``problems`` are left, each with its cure.
     """
 
     repaired: tuple[str, ...]
@@ -53,59 +114,63 @@ class RepairReport:
     problems: tuple[str, ...]
 
 
+# Rows of a cold shard, counted within it, that are encoded; and row, key and trouble of bad ones.
+CheckedLone = tuple[Int[np.ndarray, " n"], Sequence[tuple[int, str, Trouble]]]
+
+
 def verify_objects(
     kvstore: Any,
     header: Header,
-    check_lone: Callable[[Shard], tuple[int, list[tuple[int, str, str]]]],
+    alive: Bool[np.ndarray, " rows"] | None,
+    check_lone: Callable[[Shard], CheckedLone],
 ) -> VerifyReport:
     """Compare every object that ``header`` lists with its size and SHA-256.
 
-    ``check_lone`` reads the memories of a cold shard, which the header does not list.
+    ``alive`` is False at deleted rows. ``check_lone`` reads the memories of a cold shard, which the
+    header does not list.
     """
+    alive = np.ones(header.rows, bool) if alive is None else alive
     tasks = header.objects()
-    found = []
     with ThreadPoolExecutor(4) as pool:
-        wrong = pool.map(
-            lambda task: problem_of(kvstore, task[1], lambda content: _trouble(content, task[2])),
+        troubles = pool.map(
+            lambda task: trouble_of(kvstore, task[1], lambda content: _damage(content, task[2])),
             tasks,
         )
-        found += [(*task[:2], problem) for task, problem in zip(tasks, wrong, strict=True)]
-    cold, bad = 0, {owner for owner, _, problem in found if problem}
+        found = [
+            Finding(owner, key, trouble)
+            for (owner, key, _), trouble in zip(tasks, troubles, strict=True)
+            if trouble is not None
+        ]
+    living = cold = 0
+    bad = {each.owner for each in found}
     for shard in header.shards:
+        rows = alive[shard.start : shard.start + shard.count]
+        living += int(rows.sum())
         # What lies in a damaged shard is not read: it is bad anyhow.
         if shard.cold and f"shard {shard.name}" not in bad:
             encoded, wrong = check_lone(shard)
-            cold += shard.count - encoded
-            found += [(f"shard {shard.name}", key, problem) for _, key, problem in wrong]
-    found = [each for each in found if each[2]]
-    names = {"missing": {}, "damaged": {}, UNREADABLE: {}}
-    for owner, _, problem in found:
-        kind = next(kind for kind in names if problem.startswith(kind))
-        names[kind][owner.removeprefix("shard ")] = True
+            cold += int(rows.sum() - rows[encoded].sum())
+            found += [Finding(f"shard {shard.name}", key, trouble) for _, key, trouble in wrong]
     return VerifyReport(
         shards=len(header.shards),
-        references=sum(shard.count for shard in header.shards),
+        references=living,
         bytes=sum(record.bytes for _, _, record in tasks),
-        damaged=tuple(names["damaged"]),
-        missing=tuple(names["missing"]),
-        problems=tuple(f"{owner}: {key} is {problem}" for owner, key, problem in found),
-        keys=tuple(key for _, key, _ in found),
+        findings=tuple(found),
         cold=cold,
         lost=header.lost,
-        unreadable=tuple(names[UNREADABLE]),
     )
 
 
-def problem_of(kvstore: Any, key: str, trouble: Callable[[bytes], str]) -> str:
-    """What is wrong with an object: missing, unreadable, or what ``trouble`` says of its bytes."""
+def trouble_of(kvstore: Any, key: str, damage: Callable[[bytes], Trouble | None]) -> Trouble | None:
+    """What is wrong with an object; ``damage`` says it of its bytes."""
     try:
         found = kvstore.read(key).result()
     except Exception as error:  # drivers raise many kinds; none says anything of the bytes
-        return f"{UNREADABLE} ({reason(error)})"
-    return "missing" if found.state == "missing" else trouble(found.value)
+        return Trouble(UNREADABLE, reason(error))
+    return Trouble(MISSING) if found.state == "missing" else damage(found.value)
 
 
-def _trouble(content: bytes, record: StoredFile) -> str:
+def _damage(content: bytes, record: StoredFile) -> Trouble | None:
     if len(content) != record.bytes:
-        return f"damaged: {len(content)} bytes, expected {record.bytes}"
-    return "" if StoredFile.of(content) == record else "damaged: another SHA-256"
+        return Trouble(DAMAGED, f"{len(content)} bytes, expected {record.bytes}")
+    return None if StoredFile.of(content) == record else Trouble(DAMAGED, "another SHA-256")

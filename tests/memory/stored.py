@@ -5,6 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jaxlab.memory.header import Shard
 from jaxlab.memory.store import Bank, BankIdentity, BankSpec, StoredReference
 
 SHAPE = (2, 2, 2, 3, 4)
@@ -38,3 +39,29 @@ def written(url, *, counts=(3, 2), context=None) -> Bank:
 
 def files_of(root: Path) -> list[str]:
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def told(bank: Bank) -> list[tuple]:
+    """All that a bank says of its living references, in order."""
+    alive = bank.alive()
+    rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
+    found, embeddings = bank.read(rows), bank.embeddings()
+    texts = bank.references(rows)
+    return [
+        (bits(memory), int(kept), bool(cold), bits(embeddings[row]), text)
+        for row, memory, kept, cold, text in zip(rows, *found, texts, strict=True)
+    ]
+
+
+def flip(path: Path) -> bytes:
+    """Change a bit in the middle of a file; what it held."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+    return content
+
+
+def part_of(folder: Path, shard: Shard, kind: str) -> Path:
+    """The first file of a kind in a shard."""
+    folder = folder / "shards" / shard.name
+    return folder / next(path for path in files_of(folder) if kind in path)

@@ -135,7 +135,7 @@ def test_a_damaged_memory_of_a_cold_shard_is_found_and_not_read(tmp_path):
             file.write_bytes(changed)
             opened = Bank.open(bank.url)
             report = opened.verify()
-            assert report.damaged == (path.split("/")[2],) and path.endswith(report.keys[0])
+            assert report.damaged == (path.split("/")[2],) and path.endswith(report.findings[0].key)
             with pytest.raises(BankError, match="cannot be read .*jaxlab memory verify"):
                 opened.read([0]), opened.read([6])
         file.write_bytes(content)

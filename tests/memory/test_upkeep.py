@@ -1,4 +1,4 @@
-"""Laws of deleting, compacting and repairing: what lives stays, what is damaged is not read."""
+"""Laws of deleting, compacting and appending: what lives stays as it was."""
 
 import dataclasses
 import itertools
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from jaxlab.data.sources import Document
-from jaxlab.errors import BankError, ConfigError, DataError
+from jaxlab.errors import BankError, DataError
 from jaxlab.memory import pipeline
-from jaxlab.memory.pipeline import append_to_bank, reference_encoder
+from jaxlab.memory.pipeline import append_to_bank
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank, StoredReference
 from tests.inference.small import (
@@ -20,34 +20,9 @@ from tests.inference.small import (
     small_model,
     write_small_bank,
 )
-from tests.memory.stored import SPEC, bits, contents, files_of, written
+from tests.memory.stored import SPEC, bits, contents, files_of, flip, told, written
 
 COUNTS = (3, 2, 4)
-
-
-def told(bank: Bank) -> list[tuple]:
-    """All that a bank says of its living references, in order."""
-    alive = bank.alive()
-    rows = np.arange(bank.rows) if alive is None else np.flatnonzero(alive)
-    found, embeddings = bank.read(rows), bank.embeddings()
-    texts = bank.references(rows)
-    return [
-        (bits(memory), int(kept), bool(cold), bits(embeddings[row]), text)
-        for row, memory, kept, cold, text in zip(rows, *found, texts, strict=True)
-    ]
-
-
-def flip(path) -> bytes:
-    content = path.read_bytes()
-    middle = len(content) // 2
-    path.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
-    return content
-
-
-def part_of(folder, shard, kind):
-    """The first file of a kind in a shard."""
-    paths = sorted((folder / "shards" / shard.name).rglob("*"))
-    return next(path for path in paths if path.is_file() and kind in str(path))
 
 
 # Delete
@@ -73,6 +48,19 @@ def test_deleted_rows_are_read_no_more_and_the_others_are_what_they_were(tmp_pat
     assert len(files_of(tmp_path / "deleted")) == 2
     Bank.open(tmp_path, write=True)
     assert len(files_of(tmp_path / "deleted")) == 1
+
+
+def test_verify_counts_what_lives(tmp_path):
+    bank = written(tmp_path)
+    _, _, embeddings, references = contents(4, seed=3)
+    bank.append_cold(embeddings, references)
+    bank.warm(np.array([6, 8]), contents(2)[0])
+    bank.delete(rows=[1, 5, 6])
+    found = bank.verify()
+    assert (found.references, found.cold) == (6, 1)  # 7 is cold, 8 is not
+    (tmp_path / "deleted").rename(tmp_path / "elsewhere")
+    found = Bank.open(tmp_path).verify()
+    assert (found.references, found.cold, found.missing) == (9, 2, ("deleted",))
 
 
 def test_a_source_is_deleted_whole(tmp_path):
@@ -225,115 +213,6 @@ def test_a_compaction_that_ends_before_its_commit_changes_nothing(tmp_path, monk
     assert told(again) == before and files_of(tmp_path) == files
     again.compact(shard_references=4)
     assert told(Bank.open(tmp_path)) == before
-
-
-# Repair
-
-
-class Encoder:
-    def __init__(self):
-        self.asked = 0
-        self._encode = reference_encoder(small_model(), small_encoder())
-
-    def __call__(self, references):
-        self.asked += len(references)
-        return self._encode(references)
-
-
-KINDS = ["memories/c", "memories/zarr", "embeddings", "kept", "lines", "source/", "sources.json"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cold", [False, True])
-def test_a_shard_with_sound_texts_is_made_again_as_it_was(tmp_path, kind, cold):
-    write_small_bank(tmp_path, shard_references=3, cold=cold)
-    bank = Bank.open(tmp_path / "bank", write=True)
-    if cold:
-        bank.warm(np.array([4]), small_encoder()(np.ones((1, 12), np.int32), np.array([12])))
-    before, mark = told(bank), bank.fingerprint()
-    flip(part_of(tmp_path / "bank", bank.shards[1], kind))
-    assert not bank.verify().ok
-    encode = Encoder()
-    done = Bank.open(bank.url, write=True).repair(encode=encode, model_embed=letters)
-    assert (done.set_aside, done.lost, done.problems) == ((), (), ())
-    after = Bank.open(bank.url)
-    assert after.verify().ok and after.fingerprint() == mark and after.alive() is None
-    if cold and kind == "memories/c":
-        assert (done.repaired, done.forgotten) == ((), 1)
-    else:
-        assert (done.repaired, done.forgotten) == ((bank.shards[1].name,), 0)
-    assert encode.asked == (3 if kind.startswith("memories") and not cold else 0)
-    again = told(after)
-    if cold and kind in ("memories/c", "memories/zarr", "kept"):
-        assert after.cold_rows().tolist() == list(range(8))  # is encoded when next read
-        after.warm(np.array([4]), small_encoder()(np.ones((1, 12), np.int32), np.array([12])))
-        again = told(after)
-    assert again == before
-    assert Bank.open(bank.url, write=True).repair().repaired == ()
-
-
-@pytest.mark.parametrize("kind", ["memories/c", "memories/zarr", "embeddings"])
-def test_what_only_the_model_makes_again_waits_for_it(tmp_path, kind):
-    """Another shard may be beyond repair: nothing is set aside before all is known."""
-    write_small_bank(tmp_path, shard_references=3)
-    bank = Bank.open(tmp_path / "bank", write=True)
-    before, header = told(bank), (tmp_path / "bank/header.json").read_bytes()
-    flip(part_of(tmp_path / "bank", bank.shards[0], "references.jsonl"))
-    flip(part_of(tmp_path / "bank", bank.shards[1], kind))
-    with pytest.raises(ConfigError, match="give --run RUN"):
-        bank.repair(set_aside=True)
-    assert (tmp_path / "bank/header.json").read_bytes() == header
-    again = Bank.open(bank.url, write=True)
-    done = again.repair(encode=Encoder(), model_embed=letters, set_aside=True)
-    assert (done.set_aside, done.repaired) == ((bank.shards[0].name,), (bank.shards[1].name,))
-    assert told(Bank.open(bank.url)) == before[3:]
-
-
-def test_what_cannot_be_made_again_is_set_aside_and_said(tmp_path):
-    bank = written(tmp_path, counts=COUNTS)
-    whole, name = told(bank), bank.shards[1].name
-    flip(part_of(tmp_path, bank.shards[1], "references.jsonl"))
-    before = files_of(tmp_path)
-    with pytest.raises(BankError, match=rf"{name}: rows 3 to 4 of source 1 cannot .* nothing was"):
-        bank.repair()
-    assert files_of(tmp_path) == before
-    done = bank.repair(set_aside=True)
-    assert (done.repaired, done.set_aside) == ((), (name,))
-    assert done.lost == (f"shard {name}: rows 3 to 4 of source 1",)
-    for each in (bank, Bank.open(tmp_path, write=True)):
-        assert each.verify().ok and (each.rows, len(each)) == (9, 7)
-        assert [(lost.name, lost.count) for lost in each.verify().lost] == [(name, 2)]
-        assert told(each) == whole[:3] + whole[5:]
-        with pytest.raises(BankError, match="reference 4 was deleted"):
-            each.read([4])
-        assert not each.embeddings()[3:5].any() and each.fingerprint() == bank.fingerprint()
-        assert not each.rows_of(["source 1"]).any()
-    assert files_of(tmp_path / "shards" / name)  # to be looked at
-    assert bank.read([5]).cold.tolist() == [False]
-    with pytest.raises(BankError, match="changed by another writer"):
-        bank.compact()
-    bank = Bank.open(tmp_path, write=True)
-    bank.compact()
-    assert told(bank) == whole[:3] + whole[5:] and bank.lost == ()
-    assert not files_of(tmp_path / "shards" / name)
-
-
-def test_the_last_shard_may_be_lost_and_its_rows_are_not_given_again(tmp_path):
-    bank = written(tmp_path)
-    flip(part_of(tmp_path, bank.shards[1], "references.jsonl"))
-    bank.repair(set_aside=True)
-    assert bank.append(*contents(2, seed=8)) == range(5, 7)
-    bank = Bank.open(tmp_path)
-    assert np.flatnonzero(bank.alive()).tolist() == [0, 1, 2, 5, 6] and bank.verify().ok
-    assert bits(bank.read([5, 6]).memories) == bits(contents(2, seed=8)[0])
-
-
-def test_repairing_a_sound_bank_does_nothing(tmp_path):
-    bank = written(tmp_path)
-    header = (tmp_path / "header.json").read_bytes()
-    done = bank.repair()
-    assert (done.repaired, done.set_aside, done.lost, done.problems) == ((), (), (), ())
-    assert (tmp_path / "header.json").read_bytes() == header
 
 
 # Append

@@ -1,0 +1,244 @@
+"""Making damaged shards of a bank again from what is sound of them."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlab.errors import BankError, ConfigError
+from jaxlab.memory.embedders import ModelEmbed
+from jaxlab.memory.header import LostShard, Shard
+from jaxlab.memory.shards import REFERENCES, StoredReference, read_line
+from jaxlab.memory.store import Bank
+from jaxlab.memory.verify import UNREADABLE, Finding, RepairReport, VerifyReport
+
+Encode = Callable[[Sequence[StoredReference]], np.ndarray]
+# In the place of a reference that is lost, whose row is deleted.
+_LOST = StoredReference("", "", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Damage:
+    """What is bad of a shard, by places within its folder, and what cannot be had again for it."""
+
+    shard: Shard
+    bad: frozenset[str]
+    lost: np.ndarray  # rows, counted within the shard
+
+    @property
+    def beyond(self) -> bool:
+        """Whether nothing of the shard can be had again."""
+        return len(self.lost) == self.shard.count
+
+    @property
+    def lone(self) -> set[str]:
+        """Memories of a cold shard, each of which can be forgotten alone."""
+        return {path for path in self.bad if path not in self.shard.files}
+
+    def is_sound(self, name: str) -> bool:
+        """Whether every object of an array is."""
+        return not any(path.startswith(f"{name}/") for path in self.bad)
+
+
+def repair(
+    bank: Bank,
+    *,
+    encode: Encode | None = None,
+    model_embed: ModelEmbed | None = None,
+    set_aside: bool = False,
+) -> RepairReport:
+    """Make damaged shards again from what is sound of them; ``set_aside`` what cannot be.
+
+    Where a text is sound, all else of its reference follows from it: memories by ``encode``
+    (:func:`jaxlab.memory.pipeline.reference_encoder`). With ``set_aside`` a reference whose text is
+    damaged is deleted, and a shard without any that is sound is read no more: its rows count as
+    deleted, its files stay until the bank is compacted, and an index that they are in goes. A
+    damaged memory of a cold shard is forgotten, to be encoded when it is next read.
+
+    Raises BankError, and changes nothing, when something cannot be read now, which is no damage,
+    when references are lost and may not be set aside, and when the codec or the list of deleted
+    rows is damaged: then nothing is known.
+    Raises ConfigError, and sets nothing aside, when a shard with sound texts takes the ``encode``
+    or the ``model_embed`` that is not given.
+    """
+    bank.require_writable()
+    found = bank.verify()
+    _require_readable(bank, found.findings)
+    _require_known(bank, found)
+    every = _damages(bank, found)
+    alive = bank.alive()
+    alive = np.ones(bank.rows, bool) if alive is None else alive.copy()
+    lost = [told for each in every if (told := _told(bank, each, alive))]
+    if lost and not set_aside:
+        raise _not_given_up(bank, lost)
+    aside, repaired, forgotten, shards = [], [], [], []
+    for each in every:
+        shard = each.shard
+        if each.beyond:
+            aside.append(LostShard(shard.name, shard.start, shard.count))
+            continue
+        if each.bad and each.bad == each.lone:
+            forgotten.append(each)
+        elif each.bad:
+            alive[shard.start + each.lost] = False
+            shard = _make_again(bank, each, encode, model_embed, bank.next_number + len(repaired))
+            repaired.append(each.shard.name)
+        shards.append(shard)
+    index = bank.index_record
+    if repaired or aside:
+        changes: dict[str, Any] = {"lost": (*bank.lost, *aside)}
+        if any(len(each.lost) and not each.beyond for each in every):
+            changes["deleted_file"] = bank.store_deleted(alive)
+        bank.exchange(shards, **changes)
+    for each in forgotten:
+        bank.forget(each.shard, each.lone)
+    index_gone = bank.index_record != index
+    return RepairReport(
+        repaired=tuple(repaired),
+        set_aside=tuple(each.name for each in aside),
+        lost=tuple(lost),
+        forgotten=sum(len(each.lone) for each in forgotten),
+        index_gone=index_gone,
+        problems=tuple(
+            f"{each}: {each.cure}"
+            for each in found.findings
+            if not (each.owner.startswith("shard ") or each.owner == "index" and index_gone)
+        ),
+    )
+
+
+def _require_readable(bank: Bank, findings: Sequence[Finding]) -> None:
+    for each in findings:
+        if each.trouble.kind == UNREADABLE:
+            raise BankError(
+                f"bank {bank.url}: {each}, which may be no damage; nothing was changed: {each.cure}"
+            )
+
+
+def _require_known(bank: Bank, found: VerifyReport) -> None:
+    for each in found.findings:
+        if each.owner in ("codec", "deleted"):
+            raise BankError(
+                f"bank {bank.url}: {each}, and it cannot be made again; nothing was changed:"
+                f" {each.cure}"
+            )
+
+
+def _damages(bank: Bank, found: VerifyReport) -> list[_Damage]:
+    """Every shard, in order, with what is bad of it."""
+    bad_of = collections.defaultdict(set)
+    for each in found.findings:
+        if each.owner.startswith("shard "):
+            _, name, path = each.key.split("/", 2)
+            bad_of[name].add(path)
+    # What the embedder was fitted to may be damaged as well.
+    embeds = all(each.owner != "embedder" for each in found.findings)
+    out = []
+    for shard in bank.shards:
+        damage = _Damage(shard, frozenset(bad_of[shard.name]), np.arange(0))
+        if not (embeds or damage.is_sound("embeddings")):
+            damage = dataclasses.replace(damage, lost=np.arange(shard.count))
+        elif REFERENCES in damage.bad:
+            gone = [text is None for text in _texts(bank, damage)]
+            damage = dataclasses.replace(damage, lost=np.flatnonzero(gone))
+        out.append(damage)
+    return out
+
+
+def _texts(bank: Bank, damage: _Damage) -> list[StoredReference | None]:
+    """The references of a shard; None where the text of one is damaged."""
+    shard = damage.shard
+    if REFERENCES not in damage.bad:
+        lines = bank.object_of(shard, REFERENCES).splitlines()
+        return [StoredReference.from_line(line) for line in lines]
+    content = bank.found_object_of(shard, REFERENCES)
+    if content is None or not damage.is_sound("lines"):
+        return [None] * shard.count
+    texts = []
+    for start, length, crc in bank.array_of(shard, "lines").tolist():
+        try:
+            texts.append(read_line(content[start : start + length], crc))
+        except ValueError:
+            texts.append(None)
+    return texts
+
+
+def _told(bank: Bank, damage: _Damage, alive: np.ndarray) -> str:
+    """What is lost of a shard, and of what it was as far as that can be read."""
+    shard = damage.shard
+    rows = damage.lost[alive[shard.start + damage.lost]]
+    if not len(rows):
+        return ""
+    named = f"shard {shard.name}: {_some((shard.start + rows).tolist(), 'rows')}"
+    if damage.beyond:
+        named = str(LostShard(shard.name, shard.start, shard.count))
+    try:
+        names, places = bank.sources_of(shard), bank.array_of(shard, "source")
+    except BankError:
+        return f"{named} of sources that cannot be read"
+    return f"{named} of {_some(sorted({names[place] for place in places[rows]}))}"
+
+
+def _some(names: Sequence[Any], kind: str = "") -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    listed = ", ".join(map(str, names[:5]))
+    return f"{kind} {listed}{more}".lstrip()
+
+
+def _not_given_up(bank: Bank, lost: Sequence[str]) -> BankError:
+    more = f" (and those of {len(lost) - 1} shards more)" if len(lost) > 1 else ""
+    return BankError(
+        f"bank {bank.url}: {lost[0]}{more} cannot be made again, for want of sound texts or the"
+        " embedder; nothing was changed: restore the files that `jaxlab memory verify` names from"
+        " a copy, or give these rows up with --set-aside (in Python set_aside=True)"
+    )
+
+
+def _make_again(
+    bank: Bank,
+    damage: _Damage,
+    encode: Encode | None,
+    model_embed: ModelEmbed | None,
+    number: int,
+) -> Shard:
+    """The shard, written anew under another name."""
+    shard, sound, stored = damage.shard, damage.is_sound, bank.spec.stored_name
+    references = [text or _LOST for text in _texts(bank, damage)]
+    memories = cold = kept = None
+    if sound("kept"):
+        kept = bank.array_of(shard, "kept")
+    if sound(stored) and not shard.cold:
+        memories = bank.array_of(shard, stored)
+    elif shard.cold and sound(stored) and sound("kept"):
+        memories, cold = _sound_memories(bank, shard)
+    elif not shard.cold:
+        if encode is None:
+            # What can be had again, if not here and now, is not given up.
+            raise ConfigError(
+                f"bank {bank.url}: shard {shard.name} has damaged memories and sound texts, from"
+                " which the model makes them again: give --run RUN (in Python encode=); nothing was"
+                " set aside"
+            )
+        memories = encode(references)
+    if sound("embeddings"):
+        embeddings = bank.array_of(shard, "embeddings")
+    else:
+        embedder = bank.embedder(model_embed=model_embed)
+        embeddings = embedder.embed([reference.text for reference in references])
+    return bank.store(
+        memories, kept, embeddings, references, number=number, start=shard.start, cold=cold
+    )
+
+
+def _sound_memories(bank: Bank, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    """The memories of a cold shard, and True where one is damaged or has not been encoded."""
+    _, bad = bank.check_lone(shard)
+    _require_readable(bank, [Finding(f"shard {shard.name}", key, why) for _, key, why in bad])
+    rows = np.arange(shard.start, shard.start + shard.count)
+    gone = [row for row, _, _ in bad]
+    rows[gone] = -1
+    found = bank.read_any(rows)
+    found.cold[gone] = True
+    return found.memories, found.cold

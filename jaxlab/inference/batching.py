@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab.errors import JaxlabError
 from jaxlab.inference.programs import Programs, Said, State, say
 from jaxlab.inference.requests import MOST_ALTERNATIVES, Finish, TokenLogprob
 from jaxlab.inference.retrieval import Retrieval
@@ -111,7 +112,7 @@ class Batch:
         if self._retrieval is not None:
             self._retrieval.close()
 
-    def end_all(self, finish: Finish, error: str | None = None) -> None:
+    def end_all(self, finish: Finish, error: JaxlabError | None = None) -> None:
         """End whatever is under way."""
         for sequence in self._all():
             self._end(sequence, finish, error)
@@ -127,7 +128,7 @@ class Batch:
         with self._woken:
             self._queue = deque(one for one in self._queue if not one.ended)
 
-    def _end(self, sequence: Sequence, finish: Finish, error: str | None = None) -> None:
+    def _end(self, sequence: Sequence, finish: Finish, error: JaxlabError | None = None) -> None:
         if sequence.row >= 0:
             self._rows[sequence.row] = None
         sequence.end(finish, error)
@@ -159,7 +160,7 @@ class Batch:
             came = True
             if sequence.ended:
                 continue
-            if isinstance(chunks, str):
+            if isinstance(chunks, JaxlabError):
                 self._end(sequence, "error", chunks)
                 continue
             sequence.memories.extend(chunks)

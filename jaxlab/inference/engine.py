@@ -297,7 +297,7 @@ class Engine:
         except BaseException as error:  # told to all that wait, and by `failure`
             with self._woken:
                 self.failure = error  # from here on nothing is queued
-            self._batch.end_all("error", error=f"the engine failed: {error!r}")
+            self._batch.end_all("error", JaxlabError(f"the engine failed: {error!r}"))
         finally:
             self.alive = False
             self._wake()
@@ -345,7 +345,7 @@ class _Answer:
             raise self._raised
         last = self._events[-1]
         if last.finish == "error":
-            raise JaxlabError(last.error)
+            raise last.error
         return Generation(
             [token for event in self._events for token in event.said],
             "".join(event.text for event in self._events),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
-from jaxlab.errors import ConfigError
+from jaxlab.errors import ConfigError, JaxlabError
 from jaxlab.inference.sampling import Sampling
 
 MEMORY_MODES = ("on", "off", "shuffled", "text")
@@ -81,4 +81,4 @@ class Event:
     logprobs: tuple[TokenLogprob, ...] = ()
     citations: tuple[Citation, ...] = ()
     finish: Finish | None = None
-    error: str | None = None
+    error: JaxlabError | None = None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxlab.errors import BankError, JaxlabError
+from jaxlab.errors import BankError, JaxlabError, RewrittenError
 from jaxlab.inference.requests import Citation
 from jaxlab.inference.sequences import Chunk
 from jaxlab.inference.sequences import Sequence as Generated
@@ -24,13 +24,16 @@ _T = TypeVar("_T")
 def on_one_bank(reader: Any, work: Callable[[], _T]) -> _T:
     """What ``work`` gives, which searches and then reads what was found.
 
-    Done again where it failed and the bank was changed meanwhile: what was found may be deleted.
+    Done again where it failed and the bank was changed meanwhile: what was found may be deleted,
+    or its shard made again by a repair. Raises RewrittenError when the rows were numbered anew.
     """
     while True:
         bank = reader.bank
         try:
             return work()
-        except BankError:
+        except BankError as error:
+            if isinstance(error, RewrittenError):
+                reader.refresh()
             if reader.bank is bank:
                 raise
 
@@ -51,7 +54,7 @@ class Retrieval:
         self._shuffled: MemoryReader | None = None
         self._waiting: list[tuple[Generated, int, list[str]]] = []
         self._likely: list[str] = []
-        self._come: deque[tuple[Generated, list[Chunk] | str]] = deque()
+        self._come: deque[tuple[Generated, list[Chunk] | JaxlabError]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="retrieval")
         self._busy = False
 
@@ -71,7 +74,7 @@ class Retrieval:
         self._busy = True
         self._pool.submit(self._work, waiting, likely)
 
-    def take(self) -> tuple[Generated, list[Chunk] | str] | None:
+    def take(self) -> tuple[Generated, list[Chunk] | JaxlabError] | None:
         """A sequence with the chunks that it waited for, or with what went wrong."""
         return self._come.popleft() if self._come else None
 
@@ -94,19 +97,19 @@ class Retrieval:
             self._busy = False
             self._woken()
 
-    def _found(self, waiting) -> list[tuple[Generated, list[Chunk] | str]]:
+    def _found(self, waiting) -> list[tuple[Generated, list[Chunk] | JaxlabError]]:
         try:
             return on_one_bank(self.reader, lambda: self._chunks(waiting))
         except Exception as error:
             if len(waiting) == 1:
-                if isinstance(error, JaxlabError):
-                    return [(waiting[0][0], str(error))]
-                log.error("what a request reads could not be retrieved", exc_info=error)
-                return [(waiting[0][0], repr(error))]
+                if not isinstance(error, JaxlabError):
+                    log.error("what a request reads could not be retrieved", exc_info=error)
+                    error = JaxlabError(repr(error))
+                return [(waiting[0][0], error)]
         # One of them is at fault; the others shall not suffer.
         return [self._found([one])[0] for one in waiting]
 
-    def _chunks(self, waiting) -> list[tuple[Generated, list[Chunk] | str]]:
+    def _chunks(self, waiting) -> list[tuple[Generated, list[Chunk] | JaxlabError]]:
         hits = self.reader.search([text for *_, texts in waiting for text in texts])
         # Where each sequence's own chunks lie among all that were searched.
         ends = np.cumsum([len(texts) for *_, texts in waiting])

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from jaxlab.data.tokenizer import Tokenizer
+from jaxlab.errors import JaxlabError
 from jaxlab.inference.requests import Citation, Event, Finish, Request, TokenLogprob
 from jaxlab.inference.text import TextStream
 
@@ -139,7 +140,7 @@ class Sequence:
         if citations:
             self._send(Event(tokens=len(self.said), citations=citations))
 
-    def end(self, finish: Finish, error: str | None = None) -> None:
+    def end(self, finish: Finish, error: JaxlabError | None = None) -> None:
         """Tell of the end."""
         self.phase = Phase.NOTHING
         self.memories.clear()

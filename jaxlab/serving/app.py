@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from jaxlab import __version__
 from jaxlab.data.sources import Document
+from jaxlab.errors import JaxlabError
 from jaxlab.inference.retrieval import on_one_bank
 from jaxlab.serving.answers import CHAT, COMPLETION, Answer, Form, error_piece
 from jaxlab.serving.errors import RESPONSES, ApiError, handle_errors
@@ -75,6 +76,11 @@ class Server:
         self.require_bank()
         return self.engine.reader
 
+    def told(self, error: JaxlabError) -> ApiError:
+        """What of an error its client is told; what it says of the bank holds from now on."""
+        self.watch.notice(error)
+        return ApiError.of(error)
+
     def check_key(self, given: str | None) -> None:
         """Raise ApiError unless this is the key."""
         if self.settings.api_key is None:
@@ -107,7 +113,7 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.server = server
-    handle_errors(app)
+    handle_errors(app, server.told)
     app.add_middleware(LimitBody, limit=settings.body_bytes)
     app.add_middleware(CheckHost, hosts=settings.hosts)
     app.add_middleware(
@@ -167,7 +173,7 @@ async def _answer(server: Server, form: Form, body: Any, http: HttpRequest) -> R
     answer = Answer(form, server.name, running.ticket.prompt_tokens)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return _Stream(running, _pieces(running, answer, usage=usage))
+        return _Stream(running, _pieces(server, running, answer, usage=usage))
     try:
         async for event in running.events(http):
             answer.add(event)
@@ -190,15 +196,18 @@ class _Stream(StreamingResponse):
             self._running.ticket.cancel()
 
 
-async def _pieces(running: Running, answer: Answer, *, usage: bool) -> AsyncIterator[str]:
+async def _pieces(
+    server: Server, running: Running, answer: Answer, *, usage: bool
+) -> AsyncIterator[str]:
     if (first := answer.first()) is not None:
         yield first
     try:
         async for event in running.events():
             answer.add(event)
             yield answer.piece(event)
-    except ApiError as error:
-        yield error_piece(error.body())
+    except (ApiError, JaxlabError) as error:
+        told = error if isinstance(error, ApiError) else server.told(error)
+        yield error_piece(told.body())
         return
     yield answer.last(usage=usage)
 

@@ -1,7 +1,7 @@
 """Every error as the OpenAI protocol has it: one JSON object that says why, never a traceback."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -47,6 +47,17 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
+    @classmethod
+    def of(cls, error: JaxlabError) -> "ApiError":
+        """What of an error its client is told; where it is the server's fault, the log the rest."""
+        if isinstance(error, DataError | ConfigError):
+            return cls(400, str(error))
+        # It may name paths of this machine, which are not for clients.
+        log.error("a request failed: %s", error)
+        if isinstance(error, RewrittenError):
+            return cls(503, REWRITTEN)
+        return cls(500, BANK_FAILED if isinstance(error, BankError) else FAILED)
+
     def body(self) -> dict[str, Any]:
         """The body of the answer."""
         kind = _TYPES.get(
@@ -61,8 +72,8 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def handle_errors(app: FastAPI) -> None:
-    """Let ``app`` answer every error in this form."""
+def handle_errors(app: FastAPI, told: Callable[[JaxlabError], ApiError]) -> None:
+    """Let ``app`` answer every error in this form; ``told`` says what is told of one of ours."""
 
     @app.exception_handler(ApiError)
     async def of_api(_: Request, error: ApiError) -> JSONResponse:
@@ -70,14 +81,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(JaxlabError)
     async def of_jaxlab(_: Request, error: JaxlabError) -> JSONResponse:
-        if isinstance(error, DataError | ConfigError):
-            return ApiError(400, str(error)).response()
-        # It may name paths of this machine, which are not for clients.
-        log.error("a request failed: %s", error)
-        if isinstance(error, RewrittenError):
-            return ApiError(503, REWRITTEN).response()
-        bank = isinstance(error, BankError)
-        return ApiError(500, BANK_FAILED if bank else FAILED).response()
+        return told(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def of_body(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,7 +1,6 @@
 """A request on its way through the engine, as a stream of events that ends when its client goes."""
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,8 +13,6 @@ from jaxlab.inference.requests import Event, Request
 from jaxlab.serving.errors import TOO_MANY, ApiError
 from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.settings import Settings
-
-log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
@@ -79,7 +76,7 @@ class Running:
         """The events to the last; whoever stops listening cancels the request.
 
         With ``http`` ClientGone is raised when its client goes. Raises ApiError when it takes
-        longer than allowed, and when the engine could not do it.
+        longer than allowed, and what kept the engine from ending it.
         """
         gone = [] if http is None else [asyncio.ensure_future(http.receive())]
         # Frees the row in time, even while a client that reads slowly is waited for.
@@ -90,9 +87,8 @@ class Running:
                 event = await self._next(gone)
                 self._note(event)
                 finish = event.finish
-                if finish == "error":
-                    log.error("an answer broke off: %s", event.error)
-                    raise ApiError(500, "the answer broke off; the server's log says why")
+                if event.error is not None:
+                    raise event.error
                 if finish == "cancelled":
                     raise ApiError(503, "the request was cancelled: the server is going down")
                 yield event

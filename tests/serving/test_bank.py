@@ -1,12 +1,17 @@
 """Laws of a served bank that is asked much at once, and changed meanwhile."""
 
+import contextlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.inference.small import losing_reader, small_bank
+from jaxlab.inference.engine import Engine
+from jaxlab.memory.read import MemoryReader
+from jaxlab.memory.store import Bank
+from tests.inference.small import letters, losing_reader, small_bank, small_model
 from tests.serving.fakes import BODY, KEY, SECONDS, FakeEngine, said, served, until
 
 SEARCH = ("/memory/search", {"query": "fox"})
@@ -62,3 +67,56 @@ def test_what_was_deleted_before_it_was_read_is_searched_for_again(tmp_path):
         found = http.post("/memory/search", json=body)
         assert found.status_code == 200 and len(found.json()["references"]) == 2
         assert http.post("/memory/search", json=body).json() == found.json()
+
+
+@pytest.fixture(scope="module")
+def first():
+    """An engine whose programs others share."""
+    return Engine(small_model(), use_preface=True, rows=1)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "small", "prompt": "aaab", "max_tokens": 2}),
+        ("/v1/completions", {"model": "small", "prompt": "a", "max_tokens": 2, "stream": True}),
+        SEARCH,
+        ADD,
+    ],
+    ids=["whole", "stream", "search", "add"],
+)
+def test_who_first_runs_into_a_compacted_bank_is_told_and_all_others_from_then_on(
+    tmp_path, first, path, body
+):
+    bank = small_bank(tmp_path)
+    reader = MemoryReader.open(bank, model_embed=letters, append=lambda documents: range(0))
+    engine = Engine(small_model(), reader, rows=1, like=first)
+    other = Bank.open(bank.url, write=True)
+    other.delete(rows=[0])
+    other.compact()
+    engine.start()
+    told = "the bank was compacted: start the server again"
+    with (
+        contextlib.closing(engine),
+        served(engine, api_key=KEY, reload_seconds=0.0) as (url, _),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+
+        def ask(path, body):
+            return http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}"})
+
+        assert http.get("/health").status_code == 200  # nobody has looked
+        response = ask(path, body)
+        if "stream" in body:
+            *_, error, done, _ = response.text.split("\n\n")
+            assert json.loads(error.removeprefix("data: "))["error"]["message"] == told
+            assert (response.status_code, done) == (200, "data: [DONE]")
+        else:
+            assert (response.status_code, said(response)["message"]) == (503, told)
+        health = http.get("/health")
+        assert (health.status_code, health.json()["reason"]) == (503, told)
+        silent = {"model": "small", "prompt": "aaab", "max_tokens": 2}
+        for path, body in (SEARCH, ADD, ("/v1/completions", silent | {"stream": True})):
+            response = ask(path, body)
+            assert (response.status_code, said(response)["message"]) == (503, told)
+        assert ask("/v1/completions", silent | {"memory": "off"}).status_code == 200

@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from jaxlab.data.sources import Document
+from jaxlab.errors import JaxlabError
 from tests.serving.browser import installed_browser
 from tests.serving.fakes import KEY, SECONDS, TEXTS, FakeEngine, served
 
@@ -147,9 +148,9 @@ def test_the_key_is_sent_where_one_is_asked_for_and_nowhere_kept(page):
 
 
 def test_an_answer_that_breaks_off_says_why(page, engine):
-    engine.broken = "the device is gone"
+    engine.broken = JaxlabError("the device is gone")
     ask(page, "one two", max_tokens="5")
-    expect(page.get_by_role("alert")).to_contain_text("the answer broke off")
+    expect(page.get_by_role("alert")).to_contain_text("the server failed")
     expect(page.get_by_role("button", name="Continue")).to_be_enabled()
 
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxlab.errors import ClosedError, ConfigError
+from jaxlab.errors import BankError, ClosedError, ConfigError
 from jaxlab.inference.engine import Engine
 from jaxlab.serving.metrics import HELP
 from jaxlab.serving.settings import KEY_VARIABLE, Settings, hosts_of
@@ -337,11 +337,11 @@ def test_an_answer_that_breaks_off_is_told_without_paths_and_logged_with_them(
     server, engine, caplog, stream
 ):
     http, _ = server
-    engine.broken = "bank /srv/b: shard 3 cannot be read"
+    engine.broken = BankError("bank /srv/b: shard 3 cannot be read")
     response = http.post("/v1/completions", json=BODY | {"stream": stream})
     assert response.status_code == (200 if stream else 500)
     assert "the server's log says why" in response.text and "shard" not in response.text
-    assert engine.broken in caplog.text
+    assert str(engine.broken) in caplog.text
 
 
 def test_an_engine_that_cannot_says_why(server, engine):

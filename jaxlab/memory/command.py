@@ -119,13 +119,10 @@ def _search(arguments: argparse.Namespace) -> None:
 
 
 def _require_sources(bank: Any, sources: Sequence[str]) -> None:
-    known = bank.sources() if sources else {}
-    for unknown in sorted(set(sources) - known.keys()):
-        such = f", such as {next(iter(known))}" if known else ""
-        raise BankError(
-            f"bank {bank.url} has no references of {unknown}: name a source as `jaxlab memory"
-            f" search` prints it{such}"
-        )
+    from jaxlab.memory.retrieve import lacking
+
+    if (lacks := lacking(bank, sources)) is not None:
+        raise BankError(f"bank {bank.url} has {lacks}")
 
 
 def _model_embed(arguments: argparse.Namespace):

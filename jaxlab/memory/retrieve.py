@@ -52,6 +52,15 @@ class Allowed:
         return faiss.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
+def lacking(bank: Any, sources: Sequence[str]) -> str | None:
+    """What ``bank`` lacks of these sources, in words; None where it has references of each."""
+    known = bank.sources() if sources else {}
+    for unknown in sorted(set(sources) - known.keys()):
+        such = f", such as {next(iter(known))}" if known else ""
+        return f"no references of {unknown}: name a source as a search names it{such}"
+    return None
+
+
 @runtime_checkable
 class Index(Protocol):
     """What finds the rows of highest inner product."""

@@ -16,6 +16,7 @@ from jaxlab import __version__
 from jaxlab.data.sources import Document
 from jaxlab.errors import JaxlabError
 from jaxlab.inference.retrieval import on_one_bank
+from jaxlab.memory.retrieve import lacking
 from jaxlab.serving.answers import CHAT, COMPLETION, Answer, Form, error_piece
 from jaxlab.serving.errors import RESPONSES, ApiError, handle_errors
 from jaxlab.serving.limits import CheckHost, CountRequests, LimitBody
@@ -233,6 +234,8 @@ def _add_memory(app: FastAPI, server: Server, allowed: Any, with_key: Any) -> No
 
 
 def _search(reader: Any, body: SearchBody) -> dict[str, Any]:
+    if (lacks := lacking(reader.bank, body.sources or ())) is not None:
+        raise ApiError(400, f"the bank has {lacks}", param="sources")
     hits = reader.search([body.query], body.top, sources=body.sources)
     rows = [row for row in hits.ids[0].tolist() if row >= 0]
     found = zip(rows, hits.scores[0].tolist(), reader.bank.references(rows), strict=False)

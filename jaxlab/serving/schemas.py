@@ -249,7 +249,7 @@ class SearchBody(_Body):
 
     query: Text
     top: int = Field(5, ge=1, le=100)
-    sources: list[Text] | None = Field(None, max_length=100)
+    sources: list[Text] | None = Field(None, min_length=1, max_length=100)
 
 
 class Reference(_Body):

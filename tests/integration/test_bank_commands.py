@@ -90,7 +90,7 @@ def test_sources_that_are_not_there_are_named_with_how_sources_are_called(fails,
         line = fails("memory", *command, *words)
         assert line == (
             f"bank {tiny.bank} has no references of notes/0.txt: name a source as "
-            "`jaxlab memory search` prints it, such as 0.txt"
+            "a search names it, such as 0.txt"
         )
 
 

@@ -1,5 +1,6 @@
 """An engine that echoes its prompt by rule, a bank beside it, and a server around both."""
 
+import collections
 import contextlib
 import dataclasses
 import threading
@@ -53,9 +54,12 @@ class FakeReader:
     def references(self, rows):
         return [self.stored[row] for row in rows]
 
+    def sources(self):
+        return collections.Counter(one.source for one in self.stored)
+
     def search(self, texts, k=None, *, sources=None):
         self._work()
-        rows = [n for n, one in enumerate(self.stored) if not sources or one.source in sources]
+        rows = [n for n, one in enumerate(self.stored) if sources is None or one.source in sources]
         rows = (rows[:k] + [-1] * k)[:k]
         scores = [1.0 / (1 + n) if row >= 0 else -np.inf for n, row in enumerate(rows)]
         return Hits(np.array([rows] * len(texts)), np.array([scores] * len(texts), np.float32))

@@ -50,6 +50,21 @@ def test_the_bank_is_searched(server):
     assert [one["reference"] for one in found] == [2]
 
 
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["source 2", "source 9"], "the bank has no references of source 9: name a source as a "
+         "search names it, such as source 0"),
+        ([], "sources: List should have at least 1 item after validation, not 0"),
+    ],
+)  # fmt: skip
+def test_a_search_among_no_references_is_refused_as_by_the_command(server, sources, message):
+    http, _ = server
+    response = http.post("/memory/search", json={"query": "fox", "sources": sources})
+    assert response.status_code == 400
+    assert (said(response)["message"], said(response)["param"]) == (message, "sources")
+
+
 def test_a_misspelt_field_is_not_a_wider_search_or_a_half_told_reference(server):
     http, _ = server
     response = http.post("/memory/search", json={"query": "fox", "source": "source 2"})

@@ -53,7 +53,7 @@ class MemoryReader:
         self.bank, self._retriever, self._permutation = bank, retriever, permutation
         self.per_chunk = bank.spec.references_per_chunk
         self.recent = RecentMemories(self._read, cache_bytes)
-        self._generation: bytes | None = None  # of the header that was last taken over
+        self._generation = bank.generation  # of the header that was last taken over
         # Seconds spent so far, by what on.
         self.seconds = {"embed": 0.0, "search": 0.0, "load": 0.0}
 
@@ -133,11 +133,8 @@ class MemoryReader:
         compacted bank), and BankError when the bank cannot be read now; all stays as it was then.
         """
         with self._adding:
-            # Read before the bank: what was committed between is taken over the next time.
-            generation = self.bank.newer_header(self._generation)
-            if generation is not None:
+            if not self.bank.is_now(self._generation):
                 self._take_over(self._grown())
-                self._generation = generation
 
     def _take_over(self, bank: Bank) -> None:
         bank.alive()  # raises where it cannot be read, before anything is taken over
@@ -147,7 +144,7 @@ class MemoryReader:
         with self._lock:
             if fresh is not None:
                 index.add(fresh)
-            self.bank = bank
+            self.bank, self._generation = bank, bank.generation
 
     def _grown(self) -> Bank:
         """The bank as it is now; what is known of its rows here must still hold."""

@@ -87,10 +87,10 @@ class BankReader(BankRows):
         """Whether the index is of this bank's rows; appended ones may be missing from it."""
         return self._header.index_fits()
 
-    def newer_header(self, known: bytes | None) -> bytes | None:
-        """The generation of the header that lies there now; None where it is the ``known`` one."""
-        found = read_object(self._kvstore, HEADER_FILE, self.url, unless=known)
-        return None if found.state == "unspecified" else found.stamp.generation
+    def is_now(self, generation: bytes) -> bool:
+        """Whether the header that lies there is still the one of this generation."""
+        found = read_object(self._kvstore, HEADER_FILE, self.url, unless=generation)
+        return found.state == "unspecified"
 
     def read(self, ids: Int[np.ndarray, "*ids"] | Sequence[int]) -> StoredMemories:
         """Memories by row number, read concurrently; a negative id gives zeros and kept 0.

@@ -88,11 +88,14 @@ class Bank(ShardWriter):
         context: ts.Context,
         kvstore: Any,
         header: Header,
-        generation: bytes | None,
+        generation: bytes,
+        write: bool = True,
     ) -> None:
         super().__init__(url, context=context, kvstore=kvstore, header=header)
+        # Of the header.json that this bank was opened with, or that it wrote last.
+        self.generation = generation
         # Generation of header.json this bank may replace; None: opened for reading only.
-        self._generation = generation
+        self._generation = generation if write else None
 
     @classmethod
     def create(
@@ -146,8 +149,8 @@ class Bank(ShardWriter):
         header = Header.from_bytes(found.value, url=url)
         if identity is not None:
             header.spec.identity.require(identity, url=url)
-        generation = found.stamp.generation if write else None
-        bank = cls(url, context=context, kvstore=kvstore, header=header, generation=generation)
+        given = {"generation": found.stamp.generation, "write": write}
+        bank = cls(url, context=context, kvstore=kvstore, header=header, **given)
         if write:
             bank._take_over(header)
         return bank
@@ -313,7 +316,7 @@ class Bank(ShardWriter):
         if not stamp.generation:
             raise self._changed()
         self._use(header)
-        self._generation = stamp.generation
+        self.generation = self._generation = stamp.generation
 
 
 def _new_name() -> str:

@@ -176,6 +176,9 @@ def test_nothing_is_added_to_a_bank_whose_rows_were_renumbered(tmp_path, monkeyp
     assert len(Bank.open(first.url)) == 4
     again = open_reader(small_model(), first.url, grows=True)
     assert again.add([Document("doc", text) for text in TEXTS[5:]]) == range(4, 7)
+    known = again.bank
+    again.refresh()
+    assert again.bank is known  # what it added itself was taken over
 
 
 def test_what_was_deleted_elsewhere_is_not_found_after_a_refresh(tmp_path):
@@ -183,6 +186,7 @@ def test_what_was_deleted_elsewhere_is_not_found_after_a_refresh(tmp_path):
     reader = MemoryReader.open(bank, model_embed=letters)
     assert reader.search(["aaabca"]).ids[0, 0] == 0
     reader.refresh()
+    assert reader.bank is bank  # nothing changed: it was not opened again
     Bank.open(bank.url, write=True).delete(rows=[0])
     reader.refresh()
     wanted = MemoryReader.open(Bank.open(bank.url), model_embed=letters)
@@ -191,7 +195,7 @@ def test_what_was_deleted_elsewhere_is_not_found_after_a_refresh(tmp_path):
     assert len(reader.bank) == len(TEXTS) - 1
     known = reader.bank
     reader.refresh()
-    assert reader.bank is known  # nothing changed: it was not opened again
+    assert reader.bank is known
 
 
 @pytest.mark.parametrize("grows", [False, True])

@@ -5,11 +5,10 @@ those of the prompt's last chunk; when a chunk of the chunk grid is complete, it
 memories of the tokens that follow. Earlier keys and values stay as they are.
 """
 
-import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -134,11 +133,8 @@ class Engine:
             woken=self._woken,
         )
 
-    def check(self, request: Request) -> int:
-        """Tokens of the prompt; raises DataError when it and its answer do not fit."""
-        return len(self._encoded(request))
-
-    def _encoded(self, request: Request) -> list[int]:
+    def encode(self, request: Request) -> list[int]:
+        """The tokens of the prompt; raises DataError when it and its answer do not fit."""
         if request.memory in ("text", "shuffled") and self.reader is None:
             raise DataError(
                 f'memory is "{request.memory}", but there is no bank to find references in'
@@ -171,7 +167,12 @@ class Engine:
         It must not block, and if it raises the request ends; the last event has ``finish``. Raises
         DataError when the request does not fit, and ClosedError when the engine is closing.
         """
-        prompt, cited = self._encoded(request), ()
+        return self._submit(request, self.encode(request), on_event)
+
+    def _submit(
+        self, request: Request, prompt: list[int], on_event: Callable[[Event], None]
+    ) -> Ticket:
+        cited = ()
         tokenizer = self.model.tokenizer
         if request.memory == "text":
             longer = functools.partial(augment, self.reader, tokenizer, prompt)
@@ -220,12 +221,15 @@ class Engine:
             )
             for prompt in prompts
         ]
+        encoded = []
         for number, request in enumerate(requests):
-            with _naming_prompt(number):
-                self.check(request)
+            try:
+                encoded.append(self.encode(request))
+            except DataError as error:
+                raise DataError(f"prompt {number}: {error}") from None
         answers = [_Answer(number, on_token) for number in range(len(requests))]
-        for request, answer in zip(requests, answers, strict=True):
-            self.submit(request, answer.take)
+        for request, tokens, answer in zip(requests, encoded, answers, strict=True):
+            self._submit(request, tokens, answer.take)
         for answer in answers:
             while not self.alive and not answer.finished.is_set():
                 self._turn()
@@ -309,14 +313,6 @@ def _group(rows: int) -> int:
     A CPU is busy with one; reading four together saves a sixth, but a lone prompt pays for four.
     """
     return max(1, min(rows // 8, 4)) if jax.default_backend() == "cpu" else min(rows, 8)
-
-
-@contextlib.contextmanager
-def _naming_prompt(number: int) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"prompt {number}: {error}") from None
 
 
 class _Answer:

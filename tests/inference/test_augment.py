@@ -53,13 +53,13 @@ def test_it_is_generation_from_the_longer_prompt_without_memory(reader, model):
 def test_the_references_count_before_anything_is_searched(reader, model):
     engine = Engine(model, reader, rows=1)
     room = most_tokens(reader, model.tokenizer)
-    assert engine.check(Request("a" * 20, max_tokens=127 - 20 - room, memory="text")) == 20
+    assert len(engine.encode(Request("a" * 20, max_tokens=127 - 20 - room, memory="text"))) == 20
     told = f"and {room} kept free for references, that is 129, the context holds 128"
     with pytest.raises(DataError, match=told):
-        engine.check(Request("a" * 20, max_tokens=128 - 20 - room, memory="text"))
+        engine.encode(Request("a" * 20, max_tokens=128 - 20 - room, memory="text"))
     for mode in ("text", "shuffled"):
         with pytest.raises(DataError, match=f'"{mode}", but there is no bank to find references'):
-            Engine(model, rows=1).check(Request("a", max_tokens=1, memory=mode))
+            Engine(model, rows=1).encode(Request("a", max_tokens=1, memory=mode))
 
 
 def test_every_text_of_the_bank_fits(reader):

@@ -251,18 +251,27 @@ def test_what_does_not_fit_is_an_error_before_anything_runs(engine_of):
         engine_of(None, context=33)
 
 
+def test_each_prompt_is_encoded_once(engine_of, monkeypatch):
+    """A long one takes seconds."""
+    engine, tokenizer = engine_of(None), small_model().tokenizer
+    encode = mock.Mock(wraps=tokenizer.encode)
+    monkeypatch.setattr(type(tokenizer), "encode", encode)
+    engine.generate(["ab", "c"], max_tokens=1)
+    assert [call.args[0] for call in encode.call_args_list] == ["ab", "c"]
+
+
 def test_a_prompt_that_no_tokens_could_hold_is_refused_by_its_bytes(monkeypatch):
     """What a token stands for at most bounds how few there are: a long one takes no time."""
     engine, tokenizer = Engine(small_model(), rows=1), small_model().tokenizer
     longest = max(len(tokenizer.bytes_of(token)) for token in range(tokenizer.vocab_size))
     room = engine.context - 1 - 4
     fits = " " * (longest * room)
-    assert engine.check(Request(fits, max_tokens=4)) == room
+    assert len(engine.encode(Request(fits, max_tokens=4))) == room
     encode = mock.Mock()
     monkeypatch.setattr(type(tokenizer), "encode", encode)
     for prompt in (fits + "a", "é" * (longest * room // 2) + "é", "a" * 10**6):
         with pytest.raises(DataError, match=rf"at least \d+ tokens; .* holds {engine.context}"):
-            engine.check(Request(prompt, max_tokens=4))
+            engine.encode(Request(prompt, max_tokens=4))
     encode.assert_not_called()
 
 

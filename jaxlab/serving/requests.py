@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from starlette.concurrency import run_in_threadpool
 
 from jaxlab.errors import ClosedError
 from jaxlab.inference.requests import Event, Request
 from jaxlab.serving.errors import TOO_MANY, ApiError
 from jaxlab.serving.metrics import Metrics
 from jaxlab.serving.settings import Settings
+from jaxlab.serving.threads import Threads
 
 
 class ClientGone(Exception):
@@ -24,14 +24,14 @@ class Runner:
 
     def __init__(self, engine: Any, settings: Settings, metrics: Metrics):
         self._engine, self._settings, self._metrics = engine, settings, metrics
-        # Requests that were let in and that the engine does not have yet.
-        self._coming = 0
+        # Where requests are that were let in and that the engine does not have yet.
+        self._submitting = Threads(engine.rows, settings.max_waiting)
 
     @property
     def under_way(self) -> int:
         """Requests that were let in and have not ended."""
         stats = self._engine.stats()
-        return self._coming + stats["waiting"] + stats["running"]
+        return self._submitting.inside + stats["waiting"] + stats["running"]
 
     async def start(self, request: Request) -> "Running":
         """Submit a request. Raises ApiError when the engine has enough, or is gone."""
@@ -40,11 +40,7 @@ class Runner:
         if self.under_way >= self._engine.rows + self._settings.max_waiting:
             raise ApiError(429, TOO_MANY)
         running = Running(self._settings.request_seconds, self._metrics)
-        self._coming += 1
-        try:
-            await run_in_threadpool(self._submit, request, running)
-        finally:
-            self._coming -= 1
+        await self._submitting.run(self._submit, request, running)
         return running
 
     def _submit(self, request: Request, running: "Running") -> None:

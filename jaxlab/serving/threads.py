@@ -9,18 +9,21 @@ from jaxlab.serving.errors import TOO_MANY, ApiError
 
 
 class Threads:
-    """Runs calls in ``count`` threads, while at most ``waiting`` more wait for one."""
+    """Runs calls in ``count`` threads, while at most ``waiting`` more wait for one.
+
+    ``inside`` is how many run and wait.
+    """
 
     def __init__(self, count: int, waiting: int):
         self._limiter = CapacityLimiter(count)
-        self._most, self._inside = count + waiting, 0
+        self._most, self.inside = count + waiting, 0
 
     async def run(self, call: Callable, *given: Any) -> Any:
         """What ``call`` gives. Raises ApiError when enough are waiting."""
-        if self._inside >= self._most:
+        if self.inside >= self._most:
             raise ApiError(429, TOO_MANY)
-        self._inside += 1
+        self.inside += 1
         try:
             return await to_thread.run_sync(call, *given, limiter=self._limiter)
         finally:
-            self._inside -= 1
+            self.inside -= 1

@@ -1,5 +1,6 @@
 """Laws of the server itself: the bank, limits, clients that go, going down, figures."""
 
+import functools
 import json
 import socket
 import threading
@@ -294,6 +295,20 @@ def test_no_more_are_let_in_when_many_come_at_once(server, engine):
         found = sorted(one.result().status_code for one in asked)
     assert found == [200] * 3 + [429] * 17  # two rows, and one that waits
     assert len(engine.tickets) == 3
+
+
+def test_requests_that_are_slow_to_encode_keep_no_search_waiting(engine):
+    may_go, check = threading.Event(), engine.check
+    engine.check = lambda request: may_go.wait(SECONDS) and check(request)
+    with served(engine, max_waiting=60) as (url, app), ThreadPoolExecutor(50) as clients:
+        ask = functools.partial(httpx.post, timeout=SECONDS)
+        try:
+            asked = [clients.submit(ask, f"{url}/v1/completions", json=BODY) for _ in range(50)]
+            until(lambda: app.state.server.runner.under_way >= 40)  # as many as anyio has threads
+            assert httpx.post(f"{url}/memory/search", json={"query": "fox"}).status_code == 200
+        finally:
+            may_go.set()
+        assert {one.result().status_code for one in asked} == {200}
 
 
 def test_a_request_that_comes_while_the_engine_closes_is_told_so(server, engine):

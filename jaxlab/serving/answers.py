@@ -9,6 +9,9 @@ from typing import Any
 
 from jaxlab.inference.requests import Event, TokenLogprob
 
+# A token, and where its text begins in that of the answer.
+_Placed = tuple[int, TokenLogprob]
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -29,31 +32,31 @@ class Answer:
 
     def __init__(self, form: Form, model: str, prompt_tokens: int):
         self._form, self._prompt_tokens = form, prompt_tokens
-        self._tokens, self._places = 0, _Places()
+        self._tokens, self._beside = 0, _Beside()
         self._frame = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
         self._events: list[Event] = []
+        # With each event, the tokens whose text it begins to show.
+        self._said: list[list[_Placed]] = []
 
     def add(self, event: Event) -> None:
         """Take note of what came."""
         self._events.append(event)
+        self._said.append(self._beside.add(event))
         self._tokens = event.tokens
 
     def whole(self) -> dict[str, Any]:
         """All of it, once it has ended."""
         text = "".join(event.text for event in self._events)
-        logprobs = [one for event in self._events for one in event.logprobs]
-        if self._events[-1].finish == "stop":
-            logprobs = _within(text, logprobs)
         citations = [one for event in self._events for one in event.citations]
         content = {"message": {"role": "assistant", "content": text}} if self._form.chat else {}
         choice = {
             "index": 0,
             **(content or {"text": text}),
-            "logprobs": self._logprobs(logprobs),
+            "logprobs": self._logprobs([one for some in self._said for one in some]),
             "finish_reason": self._events[-1].finish,
             "citations": [dataclasses.asdict(one) for one in citations],
         }
@@ -66,13 +69,14 @@ class Answer:
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         return _sent(self._body(self._form.piece, [choice]))
 
-    def piece(self, event: Event) -> str:
-        """What a stream says of one event."""
+    def piece(self) -> str:
+        """What a stream says of the event that came last."""
+        event = self._events[-1]
         content = {"delta": {"content": event.text} if event.text else {}}
         choice: dict[str, Any] = {
             "index": 0,
             **(content if self._form.chat else {"text": event.text}),
-            "logprobs": self._logprobs(event.logprobs),
+            "logprobs": self._logprobs(self._said[-1]),
             "finish_reason": event.finish,
         }
         if event.citations:
@@ -94,39 +98,43 @@ class Answer:
             "total_tokens": self._prompt_tokens + self._tokens,
         }
 
-    def _logprobs(self, said: Any) -> dict[str, Any] | None:
+    def _logprobs(self, said: list[_Placed]) -> dict[str, Any] | None:
         if not said:
             return None
-        return _of_chat(said) if self._form.chat else self._of_completion(said)
-
-    def _of_completion(self, said: list[TokenLogprob]) -> dict[str, Any]:
-        return {
-            "tokens": [_named(one.bytes) for one in said],
-            "token_logprobs": [one.logprob for one in said],
-            "top_logprobs": [{_named(said): p for _, said, p in one.alternatives} for one in said],
-            "text_offset": [self._places.next(one) for one in said],
-        }
+        return _of_chat(said) if self._form.chat else _of_completion(said)
 
 
-class _Places:
-    """Where tokens begin in the text that they make up, asked for one after the other."""
+class _Beside:
+    """Holds a token back until some of its text is shown: a stop string may cut it off."""
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._place = 0
+        self._said = self._shown = 0  # characters
+        self._held: list[_Placed] = []
 
-    def next(self, said: TokenLogprob) -> int:
-        begin, self._place = self._place, self._place + len(self._decoder.decode(said.bytes))
-        return begin
+    def add(self, event: Event) -> list[_Placed]:
+        """The tokens whose text begins to be shown with ``event``."""
+        for one in event.logprobs:
+            self._held.append((self._said, one))
+            self._said += len(self._decoder.decode(one.bytes))
+        self._shown += len(event.text)
+        count = sum(place < self._shown for place, _ in self._held)
+        if event.finish == "length":  # nothing was cut off: also what has no text of its own
+            count = len(self._held)
+        shown, self._held = self._held[:count], self._held[count:]
+        return shown
 
 
-def _within(text: str, said: list[TokenLogprob]) -> list[TokenLogprob]:
-    """Those that the text has a part of: not what a stop string cut off."""
-    places = _Places()
-    return [one for one in said if places.next(one) < len(text)]
+def _of_completion(said: list[_Placed]) -> dict[str, Any]:
+    return {
+        "tokens": [_named(one.bytes) for _, one in said],
+        "token_logprobs": [one.logprob for _, one in said],
+        "top_logprobs": [{_named(said): p for _, said, p in one.alternatives} for _, one in said],
+        "text_offset": [place for place, _ in said],
+    }
 
 
-def _of_chat(said: list[TokenLogprob]) -> dict[str, Any]:
+def _of_chat(said: list[_Placed]) -> dict[str, Any]:
     def entry(said: bytes, value: float) -> dict[str, Any]:
         return {"token": _named(said), "logprob": value, "bytes": list(said)}
 
@@ -136,7 +144,7 @@ def _of_chat(said: list[TokenLogprob]) -> dict[str, Any]:
                 **entry(one.bytes, one.logprob),
                 "top_logprobs": [entry(said, value) for _, said, value in one.alternatives],
             }
-            for one in said
+            for _, one in said
         ],
         "refusal": None,
     }

@@ -205,7 +205,7 @@ async def _pieces(
     try:
         async for event in running.events():
             answer.add(event)
-            yield answer.piece(event)
+            yield answer.piece()
     except (ApiError, JaxlabError) as error:
         told = error if isinstance(error, ApiError) else server.told(error)
         yield error_piece(told.body())

@@ -1,10 +1,15 @@
 """Laws of the OpenAI protocol, asked by its own client."""
 
+import json
+import re
+
 import openai
 import pytest
 
-from jaxlab.inference.requests import Event, TokenLogprob
-from jaxlab.serving.answers import COMPLETION, Answer
+from jaxlab.inference.requests import Event, Request, TokenLogprob
+from jaxlab.inference.sequences import Sequence
+from jaxlab.serving.answers import CHAT, COMPLETION, Answer
+from tests.inference.small import small_tokenizer
 from tests.serving.fakes import KEY, TEXTS, FakeEngine, served
 
 HELLO = "one two three"
@@ -90,6 +95,47 @@ def test_log_probabilities_of_parts_of_characters_make_up_the_text():
     assert choice["text"] == " café!"
     assert choice["logprobs"]["tokens"] == [" caf", "bytes:\\xc3", "bytes:\\xa9", "!"]
     assert choice["logprobs"]["text_offset"] == [0, 4, 4, 5]
+
+
+@pytest.mark.parametrize("form", [COMPLETION, CHAT])
+@pytest.mark.parametrize(
+    ("text", "stop", "most", "pieces"),
+    [
+        ("abé!", (), 9, ["a", "b", "", "Ã©", "!", ""]),
+        ("abxa|", ("xy",), 9, ["a", "b", "", "xa", ""]),
+        ("abxya", ("xy",), 9, ["a", "b", "", ""]),
+        ("abx|", ("xy",), 9, ["a", "b", "", "x"]),
+        ("abx", ("xy",), 3, ["a", "b", "x"]),
+        ("aéx", ("éx",), 9, ["a", "", "", ""]),
+        ("aé", (), 2, ["a", "Ã"]),
+    ],
+)  # fmt: skip
+def test_a_stream_has_each_log_probability_with_the_text_of_its_token(
+    form, text, stop, most, pieces
+):
+    """Those of the pieces, a character for each byte, are together those of the whole answer."""
+    tokenizer, answer, events, found = small_tokenizer(), Answer(form, "m", 1), [], []
+
+    def tokens(choice):
+        said = choice["logprobs"] or {"tokens": [], "content": []}
+        names = [one["token"] for one in said["content"]] if form.chat else said["tokens"]
+        parts = [re.sub(r"^bytes:\\x", "", name) for name in names]
+        return [bytes.fromhex(part) if len(part) == 2 else part.encode() for part in parts]
+
+    request = Request("", max_tokens=most, stop=stop, logprobs=0)
+    sequence = Sequence(request, [], events.append, tokenizer, chunk=4, reads=False)
+    said, end, _ = text.partition("|")
+    for number in [*tokenizer.encode(said), tokenizer.eos_id]:
+        logprob = TokenLogprob(number, tokenizer.bytes_of(number), -1.0)
+        if finish := sequence.accept(number, None if number == tokenizer.eos_id else logprob):
+            sequence.end(finish)
+            break
+    for event in events:
+        answer.add(event)
+        (choice,) = json.loads(answer.piece().removeprefix("data: "))["choices"]
+        found.append(tokens(choice))
+    assert [b"".join(one).decode("latin-1") for one in found] == pieces
+    assert sum(found, []) == tokens(answer.whole()["choices"][0])
 
 
 def test_a_conversation_becomes_one_text(client, engine):

@@ -1,6 +1,7 @@
 """Laws of a served bank that is asked much at once, and changed meanwhile."""
 
 import contextlib
+import functools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from jaxlab.inference.engine import Engine
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank
 from tests.inference.small import letters, losing_reader, small_bank, small_model
-from tests.serving.fakes import BODY, KEY, SECONDS, FakeEngine, said, served, until
+from tests.serving.fakes import BODY, KEY, SECONDS, TEXTS, FakeEngine, said, served, until
 
 SEARCH = ("/memory/search", {"query": "fox"})
 ADD = ("/memory/add", {"references": [{"text": "Snow falls.", "source": "s"}]})
@@ -57,6 +58,65 @@ def test_calls_that_the_bank_is_slow_with_are_bounded_and_keep_nothing_else_wait
         assert said(refused[0])["type"] == "rate_limit_error"
         assert sum(one.status_code == 200 for one in answers) == taken
         assert ask(*call).status_code == 200
+
+
+def test_requests_that_are_slow_to_encode_keep_no_search_waiting():
+    engine = FakeEngine()
+    may_go, check = threading.Event(), engine.check
+    engine.check = lambda request: may_go.wait(SECONDS) and check(request)
+    with served(engine, max_waiting=60) as (url, app), ThreadPoolExecutor(50) as clients:
+        ask = functools.partial(httpx.post, timeout=SECONDS)
+        try:
+            asked = [clients.submit(ask, f"{url}/v1/completions", json=BODY) for _ in range(50)]
+            until(lambda: app.state.server.runner.under_way >= 40)  # as many as anyio has threads
+            assert httpx.post(f"{url}/memory/search", json={"query": "fox"}).status_code == 200
+        finally:
+            may_go.set()
+        assert {one.result().status_code for one in asked} == {200}
+
+
+def test_what_others_do_to_the_bank_is_taken_over_or_told(caplog):
+    engine = FakeEngine()
+    reader = engine.reader
+    with (
+        served(engine, api_key=KEY, reload_seconds=0.01) as (url, _),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+        reader.broken = "it cannot be reached"
+        until(lambda: "it cannot be reached" in caplog.text)
+        assert http.get("/health").status_code == 200  # it may be there the next time
+        reader.broken, reader.deleted = None, {TEXTS[0]}
+        until(lambda: http.get("/health").json()["references"] == 2)
+        found = http.post("/memory/search", json={"query": "fox"}).json()["references"]
+        assert [one["text"] for one in found] == TEXTS[1:]
+        engine.submit, submit = lambda *_: reader.refresh(), engine.submit
+        reader.rewritten = True
+        response = http.post("/v1/completions", json=BODY)  # before it has looked again, or after
+        assert response.status_code == 503 and "start the server" in said(response)["message"]
+        engine.submit = submit
+        until(lambda: http.get("/health").status_code == 503)
+        assert "start the server again" in http.get("/health").json()["reason"]
+        key = {"Authorization": f"Bearer {KEY}"}
+        for path, body in (
+            ("/v1/completions", BODY),
+            ("/v1/completions", BODY | {"memory": "text"}),
+            ("/memory/search", {"query": "fox"}),
+            ("/memory/add", {"references": [{"text": "a", "source": "b"}]}),
+        ):
+            response = http.post(path, json=body, headers=key)
+            assert response.status_code == 503
+            assert "start the server again" in said(response)["message"]
+        response = http.post("/v1/completions", json=BODY | {"memory": "off"})
+        assert response.status_code == 200
+    assert caplog.text.count("it cannot be reached") == 1
+
+
+def test_a_server_that_is_told_to_looks_at_its_bank_never_again():
+    engine = FakeEngine()
+    engine.reader.rewritten = True
+    with served(engine, reload_seconds=0.0) as (url, app):
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert app.state.server.watch.problem is None
 
 
 def test_what_was_deleted_before_it_was_read_is_searched_for_again(tmp_path):

@@ -1,6 +1,5 @@
 """Laws of the server itself: the bank, limits, clients that go, going down, figures."""
 
-import functools
 import json
 import socket
 import threading
@@ -103,48 +102,6 @@ def test_a_bank_that_cannot_is_the_fault_of_the_server(server, engine, caplog, p
     assert response.status_code == 500 and said(response)["type"] == "server_error"
     assert "bank could not be read or written" in said(response)["message"]
     assert "disk" not in response.text and "the disk is full" in caplog.text
-
-
-def test_what_others_do_to_the_bank_is_taken_over_or_told(engine, caplog):
-    reader = engine.reader
-    with (
-        served(engine, api_key=KEY, reload_seconds=0.01) as (url, _),
-        httpx.Client(base_url=url, timeout=SECONDS) as http,
-    ):
-        reader.broken = "it cannot be reached"
-        until(lambda: "it cannot be reached" in caplog.text)
-        assert http.get("/health").status_code == 200  # it may be there the next time
-        reader.broken, reader.deleted = None, {TEXTS[0]}
-        until(lambda: http.get("/health").json()["references"] == 2)
-        found = http.post("/memory/search", json={"query": "fox"}).json()["references"]
-        assert [one["text"] for one in found] == TEXTS[1:]
-        engine.submit, submit = lambda *_: reader.refresh(), engine.submit
-        reader.rewritten = True
-        response = http.post("/v1/completions", json=BODY)  # before it has looked again, or after
-        assert response.status_code == 503 and "start the server" in said(response)["message"]
-        engine.submit = submit
-        until(lambda: http.get("/health").status_code == 503)
-        assert "start the server again" in http.get("/health").json()["reason"]
-        key = {"Authorization": f"Bearer {KEY}"}
-        for path, body in (
-            ("/v1/completions", BODY),
-            ("/v1/completions", BODY | {"memory": "text"}),
-            ("/memory/search", {"query": "fox"}),
-            ("/memory/add", {"references": [{"text": "a", "source": "b"}]}),
-        ):
-            response = http.post(path, json=body, headers=key)
-            assert response.status_code == 503
-            assert "start the server again" in said(response)["message"]
-        response = http.post("/v1/completions", json=BODY | {"memory": "off"})
-        assert response.status_code == 200
-    assert caplog.text.count("it cannot be reached") == 1
-
-
-def test_a_server_that_is_told_to_looks_at_its_bank_never_again(engine):
-    engine.reader.rewritten = True
-    with served(engine, reload_seconds=0.0) as (url, app):
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert app.state.server.watch.problem is None
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "a\n", " a"])
@@ -295,20 +252,6 @@ def test_no_more_are_let_in_when_many_come_at_once(server, engine):
         found = sorted(one.result().status_code for one in asked)
     assert found == [200] * 3 + [429] * 17  # two rows, and one that waits
     assert len(engine.tickets) == 3
-
-
-def test_requests_that_are_slow_to_encode_keep_no_search_waiting(engine):
-    may_go, check = threading.Event(), engine.check
-    engine.check = lambda request: may_go.wait(SECONDS) and check(request)
-    with served(engine, max_waiting=60) as (url, app), ThreadPoolExecutor(50) as clients:
-        ask = functools.partial(httpx.post, timeout=SECONDS)
-        try:
-            asked = [clients.submit(ask, f"{url}/v1/completions", json=BODY) for _ in range(50)]
-            until(lambda: app.state.server.runner.under_way >= 40)  # as many as anyio has threads
-            assert httpx.post(f"{url}/memory/search", json={"query": "fox"}).status_code == 200
-        finally:
-            may_go.set()
-        assert {one.result().status_code for one in asked} == {200}
 
 
 def test_a_request_that_comes_while_the_engine_closes_is_told_so(server, engine):

@@ -99,7 +99,7 @@ class FakeEngine:
         self.requests, self.tickets, self.running = [], [], 0
         self.submitted = threading.Condition()
 
-    def check(self, request):
+    def encode(self, request):
         count = len(request.prompt.split())
         if count + request.max_tokens > self.context:
             raise DataError(f"the prompt has {count} tokens: shorten it")
@@ -107,7 +107,7 @@ class FakeEngine:
         return count
 
     def submit(self, request, on_event):
-        self.check(request)
+        self.encode(request)
         ticket = FakeTicket(len(request.prompt.split()))
         with self.submitted:
             self.requests.append(request)

@@ -62,8 +62,8 @@ def test_calls_that_the_bank_is_slow_with_are_bounded_and_keep_nothing_else_wait
 
 def test_requests_that_are_slow_to_encode_keep_no_search_waiting():
     engine = FakeEngine()
-    may_go, check = threading.Event(), engine.check
-    engine.check = lambda request: may_go.wait(SECONDS) and check(request)
+    may_go, encode = threading.Event(), engine.encode
+    engine.encode = lambda request: may_go.wait(SECONDS) and encode(request)
     with served(engine, max_waiting=60) as (url, app), ThreadPoolExecutor(50) as clients:
         ask = functools.partial(httpx.post, timeout=SECONDS)
         try:

@@ -237,13 +237,13 @@ def test_too_many_who_wait_are_turned_away(server, engine):
 def test_no_more_are_let_in_when_many_come_at_once(server, engine):
     http, _ = server
     engine.gate.clear()
-    all_came, check = threading.Event(), engine.check
+    all_came, encode = threading.Event(), engine.encode
 
-    def slow_check(request):
+    def slow_encode(request):
         all_came.wait(SECONDS)
-        return check(request)
+        return encode(request)
 
-    engine.check = slow_check
+    engine.encode = slow_encode
     with ThreadPoolExecutor(20) as clients:
         asked = [clients.submit(http.post, "/v1/completions", json=BODY) for _ in range(20)]
         until(lambda: sum(one.done() for one in asked) == 17)

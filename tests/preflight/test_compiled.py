@@ -167,7 +167,12 @@ def test_what_cannot_be_compiled_is_one_line_that_names_the_key(config, words, m
 def test_what_does_not_fit_says_so_and_what_would(config, tmp_path):
     """A batch whose logits and activations do not fit one group of chips."""
     file = tmp_path / "found.json"
-    large = ("model.remat=none", "stages.continual=null", "stages.warmup.batch_size=65536")
+    large = (
+        "model.remat=none",
+        "optimizer.ire=null",
+        "stages.continual=null",
+        "stages.warmup.batch_size=65536",
+    )
     options = ("--topology", "v5e:2x2", "--minutes", "0.2", "--json", str(file))
     code, out, err = preflight(config, *options, "--set", *large)
     assert code == 1, err

@@ -10,6 +10,7 @@ os.environ.update(ENVIRONMENT)
 # Compiling is most of what the tests do, and equalities hold for unoptimized programs too.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
+import jax
 import jaxtyping
 import pytest
 
@@ -23,6 +24,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files under tests/golden anew instead of comparing with them",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one test compiles the next one finds again, in a folder new in each call of pytest.
+
+    A folder of this worker alone, and not told to processes that tests start: JAX's cache writes
+    in place, and whoever reads what another writes, or was killed over, is warned.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture

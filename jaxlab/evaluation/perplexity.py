@@ -22,7 +22,7 @@ from jaxlab.memory.read import MemoryReader
 from jaxlab.models.attention import Slots
 from jaxlab.sharding.batches import BatchPlace, local_place
 from jaxlab.sharding.processes import exchange, same_everywhere
-from jaxlab.sharding.rules import is_spread, spec
+from jaxlab.sharding.rules import current_mesh, is_spread, spec
 from jaxlab.training.checksums import texts_digest
 from jaxlab.training.load import LoadedModel
 from jaxlab.training.losses import token_log_probabilities
@@ -98,7 +98,7 @@ def score_documents(
         if memory in ("on", "shuffled"):
             slots = _slots(model, reader, rows, part, place, lag=lag, limit=overlap_limit)
         tokens, mask = _pad(rows.tokens[part], place.size), _pad(rows.mask[part], place.size)
-        with jax.set_mesh(place.mesh):
+        with current_mesh(place.mesh):
             found = score(*given, slots, place({"tokens": tokens})["tokens"])
         # float64: sums of millions of tokens of different documents.
         lost = -(np.asarray(found).astype(np.float64) * mask).sum(axis=1)[: len(part)]

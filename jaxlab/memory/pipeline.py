@@ -30,6 +30,7 @@ from jaxlab.sharding.processes import (
     reporter,
     same_everywhere,
 )
+from jaxlab.sharding.rules import current_mesh
 from jaxlab.training.checksums import texts_digest
 from jaxlab.training.corpus import fit_embedder
 from jaxlab.training.guards import InterruptGuard
@@ -82,7 +83,7 @@ class ReferenceEncoder:
             "lengths": np.pad(lengths, (0, blank)),
         }
         batch = self._place(given)
-        with jax.set_mesh(self._place.mesh):
+        with current_mesh(self._place.mesh):
             stored = self._encode(*self._given, batch["tokens"], batch["lengths"])
         return np.asarray(stored)[: len(tokens)]
 

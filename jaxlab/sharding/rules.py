@@ -4,6 +4,7 @@ Parameters carry their logical names (``nnx.Param(..., out_sharding=...)``); opt
 mask and curvature lie as the parameter does that they belong to; everything else has its name here.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -70,6 +71,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding | None:
 def is_spread(mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether there is a mesh and it has several devices: on one, nothing needs a sharding."""
     return mesh is not None and mesh.size > 1
+
+
+def current_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """``jax.set_mesh`` of a mesh of several devices.
+
+    Not of one device: there a state that was made without a mesh has another type than what a step
+    under it gives, and the step would be compiled a second time for its own results.
+    """
+    return jax.set_mesh(mesh) if is_spread(mesh) else contextlib.nullcontext()
 
 
 def axes_of(name: str) -> tuple[str, ...]:

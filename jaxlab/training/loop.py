@@ -25,6 +25,7 @@ from jaxlab.optim.schedules import make_schedule
 from jaxlab.sharding.batches import BatchPlace
 from jaxlab.sharding.mesh import check_batch_fits, check_model_fits, make_mesh
 from jaxlab.sharding.processes import leader_first, leads, reporter
+from jaxlab.sharding.rules import current_mesh
 from jaxlab.training.checkpoint import Checkpoints, read_weights
 from jaxlab.training.corpus import (
     Corpus,
@@ -131,7 +132,7 @@ def _train(
         state, position = _start(config, corpus.tokenizer, mesh, checkpoints, report=report)
     goodput.sign_of_life()
     written = MetricsWriter(run) if leads() else NoMetrics()
-    with written as metrics, InterruptGuard() as guard, jax.set_mesh(mesh):
+    with written as metrics, InterruptGuard() as guard, current_mesh(mesh):
         shared = _Run(
             config=config,
             corpus=corpus,

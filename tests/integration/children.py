@@ -151,6 +151,13 @@ def terminate_after_save(count: int) -> None:
     _after_save(count, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def log_compiles() -> None:
+    """JAX says what it compiles."""
+    import jax
+
+    jax.config.update("jax_log_compiles", True)
+
+
 def hang_at_step(step: int) -> None:
     """The ``step``-th step of a stage never returns."""
 

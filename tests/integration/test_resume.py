@@ -244,3 +244,15 @@ def test_a_run_that_diverges_is_one_clear_error_and_saves_nothing_of_it(tiny, tm
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["000000001"]
     # Nor is it evaluated, though the configuration asks for it after every step.
     assert [line["step"] for line in numbers(run)] == [1, 1]
+
+
+def test_each_stage_compiles_its_step_once_from_the_start_and_from_a_checkpoint(tiny, tmp_path):
+    """A step takes what it gave, what was made new and what was restored for the same."""
+    train = ("train", tiny.config, "--out", tmp_path / "run")
+    compiled = []
+    for more in (["interrupt_after_save", 3], []):  # in the second stage
+        before = [["log_compiles"], *([more] if more else [])]
+        ended = tiny.child(tmp_path, *train, before=before)
+        assert ended.code == (130 if more else 0), ended.err
+        compiled.append(ended.err.count("Finished XLA compilation of jit(step)"))
+    assert compiled == [2, 1]

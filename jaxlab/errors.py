@@ -24,7 +24,7 @@ class BankError(JaxlabError):
 
 
 class RewrittenError(BankError):
-    """The rows of a bank were numbered anew: what was opened before is of no more use."""
+    """A bank was compacted or repaired: what was opened before does not hold any more."""
 
 
 class CheckpointError(JaxlabError):

@@ -25,7 +25,8 @@ def on_one_bank(reader: Any, work: Callable[[], _T]) -> _T:
     """What ``work`` gives, which searches and then reads what was found.
 
     Done again where it failed and the bank was changed meanwhile: what was found may be deleted,
-    or its shard made again by a repair. Raises RewrittenError when the rows were numbered anew.
+    or its shard made again by a repair. Raises RewrittenError when what was opened before is of no
+    more use.
     """
     while True:
         bank = reader.bank
@@ -105,6 +106,8 @@ class Retrieval:
                 if not isinstance(error, JaxlabError):
                     log.error("what a request reads could not be retrieved", exc_info=error)
                     error = JaxlabError(repr(error))
+                elif not isinstance(error, BankError):
+                    error = JaxlabError(str(error))  # no fault of the request, which was accepted
                 return [(waiting[0][0], error)]
         # One of them is at fault; the others shall not suffer.
         return [self._found([one])[0] for one in waiting]

@@ -158,10 +158,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     found = Bank.open(arguments.bank).verify()
     for problem in found.problems:
         print(f"error: {problem}", file=sys.stderr)
-    for each in found.lost:
+    lost = [each for each in found.lost if each.references]
+    for each in lost:
         told = "were lost and set aside; `jaxlab memory compact` deletes their files and this note"
         print(f"error: {each} {told}", file=sys.stderr)
-    gone = sum(each.count for each in found.lost)
+    gone = sum(each.references for each in lost)
     state = f"{gone} references lost" if gone else "whole"
     if found.damaged or found.missing:
         state = "damaged"

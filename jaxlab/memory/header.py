@@ -183,11 +183,20 @@ class PlacedFile:
 
 @dataclass(frozen=True)
 class LostShard:
-    """Rows whose shard was damaged beyond repair; its objects lie where they lay, unread."""
+    """Rows whose shard was damaged beyond repair; its objects lie where they lay, unread.
+
+    ``living`` of its references had not been deleted (None: not known).
+    """
 
     name: str
     start: int
     count: int
+    living: int | None = None
+
+    @property
+    def references(self) -> int:
+        """How many references were lost with it."""
+        return self.count if self.living is None else self.living
 
     def __str__(self) -> str:
         return f"shard {self.name}: rows {self.start} to {self.start + self.count - 1}"

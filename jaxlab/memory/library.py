@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from jaxlab.data.sources import Document
+from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.pipeline import append_to_bank, reference_encoder
 from jaxlab.memory.read import CACHE_BYTES, MemoryReader
 from jaxlab.memory.store import Bank
@@ -23,7 +24,10 @@ def open_reader(
         return reference_encoder(model)  # compiles: only if there is something to encode
 
     def append(documents: Sequence[Document]) -> range:
-        return append_to_bank(model, documents, url, cold=True, report=lambda _: None)
+        try:
+            return append_to_bank(model, documents, url, cold=True, report=lambda _: None)
+        except ConfigError as error:  # not the fault of whoever gave the documents
+            raise BankError(str(error)) from error
 
     return MemoryReader.open(
         Bank.open(url, identity=model.identity),

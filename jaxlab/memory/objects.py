@@ -76,8 +76,7 @@ def list_folders(kvstore: Any, folder: str, *, url: str, without: Iterable[str] 
         keys = [key for some in pending for key in some.result()]
     except Exception as error:
         raise BankError(
-            f"bank {url}: cannot list {folder} ({reason(error)}); the bank is what it was:"
-            " mend the access, then repeat"
+            f"bank {url}: cannot list {folder} ({reason(error)}): mend the access, then repeat"
         ) from error
     return {key.decode().removeprefix(folder).split("/")[0] for key in keys}
 

@@ -121,7 +121,7 @@ class MemoryReader:
         with self._adding:
             self._grown()
             rows = self._append(documents)
-            self._take_over(self._grown())
+            self._catch_up()
         return rows
 
     def refresh(self) -> None:
@@ -134,7 +134,15 @@ class MemoryReader:
         """
         with self._adding:
             if not self.bank.is_now(self._generation):
-                self._take_over(self._grown())
+                self._catch_up()
+
+    def _catch_up(self) -> None:
+        while True:
+            bank = self._grown()
+            try:
+                return self._take_over(bank)
+            except RewrittenError:  # one of its shards was made again since it was opened
+                continue
 
     def _take_over(self, bank: Bank) -> None:
         bank.alive()  # raises where it cannot be read, before anything is taken over
@@ -151,8 +159,8 @@ class MemoryReader:
         bank = Bank.open(self.bank.url, identity=self.bank.spec.identity)
         if not bank.continues(self.bank):
             raise RewrittenError(
-                f"bank {bank.url} was rewritten since it was opened here (compacted, or made anew),"
-                " and its rows have other numbers: open it again"
+                f"bank {bank.url} was rewritten since it was opened here (compacted, repaired with"
+                " other embeddings, or made anew): open it again"
             )
         return bank
 

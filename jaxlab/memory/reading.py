@@ -271,8 +271,9 @@ class BankReader(BankRows):
 
         Raises RewrittenError when objects are gone because the bank was rewritten meanwhile.
         """
-        # Where the list of deleted rows cannot be read, that is found like any damage.
-        alive = None if isinstance(self._alive, BankError) else self._alive
+        # Anew: it may be damaged, or readable, by now. That it cannot be read is found below.
+        alive = self._read_alive(self._header)
+        alive = None if isinstance(alive, BankError) else alive
         found = verify_objects(self._kvstore, self._header, alive, self.check_lone)
         now = None if found.ok else self._header_now()
         if now is not None:

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlab.errors import BankError, ConfigError
-from jaxlab.memory.embedders import ModelEmbed
+from jaxlab.memory.embedders import Embedder, ModelEmbed
 from jaxlab.memory.header import LostShard, Shard
 from jaxlab.memory.shards import REFERENCES, StoredReference, read_line
 from jaxlab.memory.store import Bank
@@ -19,13 +20,20 @@ Encode = Callable[[Sequence[StoredReference]], np.ndarray]
 _LOST = StoredReference("", "", 0)
 
 
+Texts = Sequence[StoredReference | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Damage:
-    """What is bad of a shard, by places within its folder, and what cannot be had again for it."""
+    """What is bad of a shard, by places within its folder, and what cannot be had again for it.
+
+    ``texts`` are those of a shard with damaged ones, read once: what is lost is decided by them.
+    """
 
     shard: Shard
     bad: frozenset[str]
     lost: np.ndarray  # rows, counted within the shard
+    texts: Texts | None = None
 
     @property
     def beyond(self) -> bool:
@@ -36,6 +44,11 @@ class _Damage:
     def lone(self) -> set[str]:
         """Memories of a cold shard, each of which can be forgotten alone."""
         return {path for path in self.bad if path not in self.shard.files}
+
+    @property
+    def to_make(self) -> bool:
+        """Whether the shard is written anew."""
+        return bool(self.bad) and not self.beyond and self.bad != self.lone
 
     def is_sound(self, name: str) -> bool:
         """Whether every object of an array is."""
@@ -60,8 +73,8 @@ def repair(
     Raises BankError, and changes nothing, when something cannot be read now, which is no damage,
     when references are lost and may not be set aside, and when the codec or the list of deleted
     rows is damaged: then nothing is known.
-    Raises ConfigError, and sets nothing aside, when a shard with sound texts takes the ``encode``
-    or the ``model_embed`` that is not given.
+    Raises ConfigError, and changes nothing, when a shard with sound texts takes the ``encode`` or
+    the ``model_embed`` that is not given.
     """
     bank.require_writable()
     found = bank.verify()
@@ -73,18 +86,20 @@ def repair(
     lost = [told for each in every if (told := _told(bank, each, alive))]
     if lost and not set_aside:
         raise _not_given_up(bank, lost)
+    embedder = _means(bank, every, encode, model_embed)
     aside, repaired, forgotten, shards = [], [], [], []
     for each in every:
         shard = each.shard
         if each.beyond:
-            aside.append(LostShard(shard.name, shard.start, shard.count))
+            living = int(alive[shard.start : shard.start + shard.count].sum())
+            aside.append(LostShard(shard.name, shard.start, shard.count, living))
             continue
-        if each.bad and each.bad == each.lone:
-            forgotten.append(each)
-        elif each.bad:
+        if each.to_make:
             alive[shard.start + each.lost] = False
-            shard = _make_again(bank, each, encode, model_embed, bank.next_number + len(repaired))
+            shard = _make_again(bank, each, encode, embedder, bank.next_number + len(repaired))
             repaired.append(each.shard.name)
+        elif each.bad:
+            forgotten.append(each)
         shards.append(shard)
     index = bank.index_record
     if repaired or aside:
@@ -141,18 +156,16 @@ def _damages(bank: Bank, found: VerifyReport) -> list[_Damage]:
         if not (embeds or damage.is_sound("embeddings")):
             damage = dataclasses.replace(damage, lost=np.arange(shard.count))
         elif REFERENCES in damage.bad:
-            gone = [text is None for text in _texts(bank, damage)]
-            damage = dataclasses.replace(damage, lost=np.flatnonzero(gone))
+            texts = _texts(bank, damage)
+            gone = np.flatnonzero([text is None for text in texts])
+            damage = dataclasses.replace(damage, lost=gone, texts=texts)
         out.append(damage)
     return out
 
 
-def _texts(bank: Bank, damage: _Damage) -> list[StoredReference | None]:
-    """The references of a shard; None where the text of one is damaged."""
+def _texts(bank: Bank, damage: _Damage) -> Texts:
+    """The references of a shard with damaged texts; None in the place of one that is damaged."""
     shard = damage.shard
-    if REFERENCES not in damage.bad:
-        lines = bank.object_of(shard, REFERENCES).splitlines()
-        return [StoredReference.from_line(line) for line in lines]
     content = bank.found_object_of(shard, REFERENCES)
     if content is None or not damage.is_sound("lines"):
         return [None] * shard.count
@@ -166,46 +179,65 @@ def _texts(bank: Bank, damage: _Damage) -> list[StoredReference | None]:
 
 
 def _told(bank: Bank, damage: _Damage, alive: np.ndarray) -> str:
-    """What is lost of a shard, and of what it was as far as that can be read."""
+    """What is lost of a shard: every row, and of what it was as far as that can be read."""
     shard = damage.shard
     rows = damage.lost[alive[shard.start + damage.lost]]
     if not len(rows):
         return ""
-    named = f"shard {shard.name}: {_some((shard.start + rows).tolist(), 'rows')}"
-    if damage.beyond:
-        named = str(LostShard(shard.name, shard.start, shard.count))
+    named = f"shard {shard.name}: rows {_ranges((shard.start + rows).tolist())}"
     try:
         names, places = bank.sources_of(shard), bank.array_of(shard, "source")
     except BankError:
         return f"{named} of sources that cannot be read"
-    return f"{named} of {_some(sorted({names[place] for place in places[rows]}))}"
+    return f"{named} of {', '.join(sorted({names[place] for place in places[rows]}))}"
 
 
-def _some(names: Sequence[Any], kind: str = "") -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    listed = ", ".join(map(str, names[:5]))
-    return f"{kind} {listed}{more}".lstrip()
+def _ranges(rows: Sequence[int]) -> str:
+    """Rising numbers in few words: "1, 3 to 5"."""
+    begins = [row for row, before in zip(rows, (-2, *rows), strict=False) if row != before + 1]
+    ends = [row for row, after in zip(rows, (*rows[1:], -2), strict=True) if row + 1 != after]
+    pairs = zip(begins, ends, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in pairs)
 
 
 def _not_given_up(bank: Bank, lost: Sequence[str]) -> BankError:
     more = f" (and those of {len(lost) - 1} shards more)" if len(lost) > 1 else ""
+    first = textwrap.shorten(lost[0], 200, placeholder=" ...")
     return BankError(
-        f"bank {bank.url}: {lost[0]}{more} cannot be made again, for want of sound texts or the"
+        f"bank {bank.url}: {first}{more} cannot be made again, for want of sound texts or the"
         " embedder; nothing was changed: restore the files that `jaxlab memory verify` names from"
         " a copy, or give these rows up with --set-aside (in Python set_aside=True)"
     )
 
 
+def _means(
+    bank: Bank, every: Sequence[_Damage], encode: Encode | None, model_embed: ModelEmbed | None
+) -> Embedder | None:
+    """The embedder if it is needed; ConfigError where that or ``encode`` is needed and lacks."""
+    to_make = [each for each in every if each.to_make]
+    for each in to_make:
+        if encode is None and not each.shard.cold and not each.is_sound(bank.spec.stored_name):
+            # What can be had again, if not here and now, is not given up.
+            raise ConfigError(
+                f"bank {bank.url}: shard {each.shard.name} has damaged memories, which the model"
+                " makes again from the texts: give --run RUN (in Python encode=); nothing was"
+                " changed"
+            )
+    if all(each.is_sound("embeddings") for each in to_make):
+        return None
+    return bank.embedder(model_embed=model_embed)
+
+
 def _make_again(
-    bank: Bank,
-    damage: _Damage,
-    encode: Encode | None,
-    model_embed: ModelEmbed | None,
-    number: int,
+    bank: Bank, damage: _Damage, encode: Encode | None, embedder: Embedder | None, number: int
 ) -> Shard:
     """The shard, written anew under another name."""
     shard, sound, stored = damage.shard, damage.is_sound, bank.spec.stored_name
-    references = [text or _LOST for text in _texts(bank, damage)]
+    if damage.texts is None:
+        lines = bank.object_of(shard, REFERENCES).splitlines()
+        references = [StoredReference.from_line(line) for line in lines]
+    else:
+        references = [text or _LOST for text in damage.texts]
     memories = cold = kept = None
     if sound("kept"):
         kept = bank.array_of(shard, "kept")
@@ -214,18 +246,10 @@ def _make_again(
     elif shard.cold and sound(stored) and sound("kept"):
         memories, cold = _sound_memories(bank, shard)
     elif not shard.cold:
-        if encode is None:
-            # What can be had again, if not here and now, is not given up.
-            raise ConfigError(
-                f"bank {bank.url}: shard {shard.name} has damaged memories and sound texts, from"
-                " which the model makes them again: give --run RUN (in Python encode=); nothing was"
-                " set aside"
-            )
         memories = encode(references)
     if sound("embeddings"):
         embeddings = bank.array_of(shard, "embeddings")
     else:
-        embedder = bank.embedder(model_embed=model_embed)
         embeddings = embedder.embed([reference.text for reference in references])
     return bank.store(
         memories, kept, embeddings, references, number=number, start=shard.start, cold=cold

@@ -55,10 +55,11 @@ class Allowed:
 def lacking(bank: Any, sources: Sequence[str]) -> str | None:
     """What ``bank`` lacks of these sources, in words; None where it has references of each."""
     known = bank.sources() if sources else {}
-    for unknown in sorted(set(sources) - known.keys()):
-        such = f", such as {next(iter(known))}" if known else ""
-        return f"no references of {unknown}: name a source as a search names it{such}"
-    return None
+    unknown = min(set(sources) - known.keys(), default=None)
+    if unknown is None:
+        return None
+    such = f", such as {next(iter(known))}" if known else ""
+    return f"no references of {unknown}: name a source as a search names it{such}"
 
 
 @runtime_checkable

@@ -151,6 +151,9 @@ class Bank(ShardWriter):
             header.spec.identity.require(identity, url=url)
         given = {"generation": found.stamp.generation, "write": write}
         bank = cls(url, context=context, kvstore=kvstore, header=header, **given)
+        if isinstance(bank._alive, BankError) and not bank.is_now(bank.generation):
+            # Another writer replaced the list of deleted rows, and cleared this one away.
+            return cls.open(url, identity=identity, write=write, context=context)
         if write:
             bank._take_over(header)
         return bank

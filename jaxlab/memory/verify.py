@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxlab.memory.header import Header, LostShard, Shard, StoredFile
+from jaxlab.memory.header import Header, LostShard, StoredFile
 from jaxlab.memory.objects import reason
 
 MISSING, DAMAGED, UNREADABLE = "missing", "damaged", "unreadable"
@@ -99,7 +99,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What ``Bank.repair`` did; ``lost`` has one line for each shard or reference given up.
+    """What ``Bank.repair`` did; ``lost`` names the rows that were given up, a line for each shard.
 
     ``set_aside`` are shards of which nothing is left. ``forgotten`` memories of cold shards will be
     encoded again; ``index_gone``: the index was of rows that are lost now, and has to be made
@@ -122,7 +122,7 @@ def verify_objects(
     kvstore: Any,
     header: Header,
     alive: Bool[np.ndarray, " rows"] | None,
-    check_lone: Callable[[Shard], CheckedLone],
+    check_lone: Callable[..., CheckedLone],
 ) -> VerifyReport:
     """Compare every object that ``header`` lists with its size and SHA-256.
 
@@ -146,9 +146,9 @@ def verify_objects(
     for shard in header.shards:
         rows = alive[shard.start : shard.start + shard.count]
         living += int(rows.sum())
-        # What lies in a damaged shard is not read: it is bad anyhow.
-        if shard.cold and f"shard {shard.name}" not in bad:
-            encoded, wrong = check_lone(shard)
+        if shard.cold:
+            # What lies in a damaged shard is counted and not read: it is bad anyhow.
+            encoded, wrong = check_lone(shard, read=f"shard {shard.name}" not in bad)
             cold += int(rows.sum() - rows[encoded].sum())
             found += [Finding(f"shard {shard.name}", key, trouble) for _, key, trouble in wrong]
     return VerifyReport(

@@ -119,7 +119,7 @@ class _Beside:
             self._said += len(self._decoder.decode(one.bytes))
         self._shown += len(event.text)
         count = sum(place < self._shown for place, _ in self._held)
-        if event.finish == "length":  # nothing was cut off: also what has no text of its own
+        if event.finish and self._shown >= self._said:  # nothing was cut off: also what has no text
             count = len(self._held)
         shown, self._held = self._held[:count], self._held[count:]
         return shown

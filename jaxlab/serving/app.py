@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from jaxlab import __version__
 from jaxlab.data.sources import Document
-from jaxlab.errors import JaxlabError
+from jaxlab.errors import JaxlabError, RewrittenError
 from jaxlab.inference.retrieval import on_one_bank
 from jaxlab.memory.retrieve import lacking
 from jaxlab.serving.answers import CHAT, COMPLETION, Answer, Form, error_piece
@@ -77,9 +77,12 @@ class Server:
         self.require_bank()
         return self.engine.reader
 
-    def told(self, error: JaxlabError) -> ApiError:
-        """What of an error its client is told; what it says of the bank holds from now on."""
-        self.watch.notice(error)
+    async def told(self, error: JaxlabError) -> ApiError:
+        """What of an error its client is told."""
+        if isinstance(error, RewrittenError):
+            await self.watch.look()  # it may be of use again, once what was repaired is taken over
+            if self.watch.problem is not None:
+                return ApiError(503, self.watch.problem)
         return ApiError.of(error)
 
     def check_key(self, given: str | None) -> None:
@@ -207,7 +210,7 @@ async def _pieces(
             answer.add(event)
             yield answer.piece()
     except (ApiError, JaxlabError) as error:
-        told = error if isinstance(error, ApiError) else server.told(error)
+        told = error if isinstance(error, ApiError) else await server.told(error)
         yield error_piece(told.body())
         return
     yield answer.last(usage=usage)

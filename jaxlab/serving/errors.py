@@ -1,7 +1,7 @@
 """Every error as the OpenAI protocol has it: one JSON object that says why, never a traceback."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,7 +14,8 @@ from jaxlab.errors import BankError, ConfigError, DataError, JaxlabError, Rewrit
 
 log = logging.getLogger(__name__)
 
-REWRITTEN = "the bank was compacted: start the server again"
+REWRITTEN = "the bank was rewritten (compacted or repaired): start the server again"
+CHANGED = "the bank was changed meanwhile: try again"
 BANK_FAILED = "the bank could not be read or written; the server's log says why"
 TOO_MANY = "too many requests are waiting: try again later"
 FAILED = "the server failed; its log says why"
@@ -55,7 +56,7 @@ class ApiError(Exception):
         # It may name paths of this machine, which are not for clients.
         log.error("a request failed: %s", error)
         if isinstance(error, RewrittenError):
-            return cls(503, REWRITTEN)
+            return cls(503, CHANGED)
         return cls(500, BANK_FAILED if isinstance(error, BankError) else FAILED)
 
     def body(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def handle_errors(app: FastAPI, told: Callable[[JaxlabError], ApiError]) -> None:
+def handle_errors(app: FastAPI, told: Callable[[JaxlabError], Awaitable[ApiError]]) -> None:
     """Let ``app`` answer every error in this form; ``told`` says what is told of one of ours."""
 
     @app.exception_handler(ApiError)
@@ -81,7 +82,7 @@ def handle_errors(app: FastAPI, told: Callable[[JaxlabError], ApiError]) -> None
 
     @app.exception_handler(JaxlabError)
     async def of_jaxlab(_: Request, error: JaxlabError) -> JSONResponse:
-        return told(error).response()
+        return (await told(error)).response()
 
     @app.exception_handler(RequestValidationError)
     async def of_body(_: Request, error: RequestValidationError) -> JSONResponse:

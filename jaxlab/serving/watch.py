@@ -24,19 +24,20 @@ class BankWatch:
             return
         while self.problem is None:
             await asyncio.sleep(self._seconds)
-            await asyncio.to_thread(self._look)
+            await self.look()
 
-    def notice(self, error: Exception) -> None:
-        """Take note of what somebody ran into: a bank that was rewritten is of no more use."""
-        if isinstance(error, RewrittenError):
-            self.problem = REWRITTEN
+    async def look(self) -> None:
+        """Look now."""
+        await asyncio.to_thread(self._look)
 
     def _look(self) -> None:
         try:
             self._reader.refresh()
             self._told = ""
+        except RewrittenError as error:
+            log.error("%s", error)
+            self.problem = REWRITTEN
         except Exception as error:  # a bank that cannot be reached now may be there the next time
-            self.notice(error)
             if self._told != str(error):
                 self._told = str(error)
                 exc_info = None if isinstance(error, BankError) else error

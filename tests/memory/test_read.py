@@ -244,6 +244,27 @@ def test_deletions_are_taken_over_though_a_shard_that_was_never_seen_was_set_asi
     assert rows_read(reader.slots(np.array([[[9, 11]]]))).max() == 11
 
 
+def test_a_shard_that_is_made_again_while_it_is_taken_over_is_read_anew(tmp_path, monkeypatch):
+    bank = made_bank(tmp_path / "bank", TEXTS)
+    reader = MemoryReader.open(Bank.open(bank.url), model_embed=letters)
+    bank.append(
+        np.full((1, *SHAPE), 8, np.float32), np.array([3], np.int32), letters(["h" * 9]),
+        [StoredReference("h" * 9, "new", 9)],
+    )  # fmt: skip
+    embeddings, damaged = Bank.embeddings, tmp_path / "bank" / bank.shards[-1].folder
+
+    def late(self, *rows):
+        if not repaired:
+            (damaged / "sources.json").write_bytes(b"[]")
+            repaired.extend(bank.repair().repaired)
+        return embeddings(self, *rows)
+
+    repaired = []
+    monkeypatch.setattr(Bank, "embeddings", late)
+    reader.refresh()
+    assert len(repaired) == 1 and reader.search(["hhh"]).ids[0, 0] == 8
+
+
 def test_a_bank_that_was_renumbered_or_lost_elsewhere_is_told_and_not_taken_over(tmp_path):
     bank = made_bank(tmp_path / "bank", TEXTS)
     reader = MemoryReader.open(bank, model_embed=letters)
@@ -251,7 +272,7 @@ def test_a_bank_that_was_renumbered_or_lost_elsewhere_is_told_and_not_taken_over
     other.delete(rows=[0])
     other.compact()
     for _ in range(2):
-        with pytest.raises(RewrittenError, match="rows have other numbers"):
+        with pytest.raises(RewrittenError, match="repaired with other embeddings, or made anew"):
             reader.refresh()
     assert reader.bank is bank
     (tmp_path / "bank" / "header.json").unlink()

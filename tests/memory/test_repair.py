@@ -1,16 +1,21 @@
 """Laws of repairing: what is damaged is made again as it was, or said to be lost."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from jaxlab.cli import main
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.pipeline import reference_encoder
+from jaxlab.memory.requantize import quantize_bank
 from jaxlab.memory.store import Bank
 from tests.inference.small import letters, small_encoder, small_model, write_small_bank
 from tests.memory.stored import SPEC, bits, contents, files_of, flip, part_of, told, written
 
 COUNTS = (3, 2, 4)
 TEXTS = "references.jsonl"
+CODES = {"codec": "OPQ2_8,Residual2x3,PQ2x3", "rounds": (1, 1), "report": lambda _: None}
 
 
 def ruin_texts(folder, shard, rows=None) -> None:
@@ -190,3 +195,113 @@ def test_what_is_left_is_told_with_its_cure(tmp_path):
     assert problem.startswith("embedder: embedder/") and problem.endswith(
         ": restore the object embedder from a copy, or write the bank again"
     )
+
+
+def test_what_is_lost_is_decided_by_one_look_at_the_texts(tmp_path, monkeypatch):
+    """A drive that fails may give other bytes the next time."""
+    bank = written(tmp_path, counts=COUNTS)
+    whole, looked, look = told(bank), [], Bank.found_object_of
+    name = bank.shards[2].name
+    ruin_texts(tmp_path, bank.shards[2], [1])
+
+    def failing(self, shard, path):
+        looked.append(path)
+        found = look(self, shard, path)
+        return found if len(looked) == 1 else b"x" * len(found)
+
+    monkeypatch.setattr(Bank, "found_object_of", failing)
+    assert bank.repair(set_aside=True).lost == (f"shard {name}: rows 6 of source 2",)
+    again = Bank.open(tmp_path)
+    assert told(again) == [*whole[:6], *whole[7:]] and "" not in again.sources()
+
+
+def test_every_row_that_is_lost_is_named(tmp_path):
+    bank = written(tmp_path, counts=(30,))
+    name = bank.shards[0].name
+    ruin_texts(tmp_path, bank.shards[0], [0, 2, 3, 4, 7, 9, 10, 12, 14, 16, 18, 29])
+    rows = "0, 2 to 4, 7, 9 to 10, 12, 14, 16, 18, 29"
+    with pytest.raises(BankError, match=f"shard {name}: rows {rows} of source 0 cannot be made"):
+        bank.repair()
+    assert bank.repair(set_aside=True).lost == (f"shard {name}: rows {rows} of source 0",)
+
+
+def test_a_shard_of_deleted_references_alone_is_set_aside_and_nothing_was_lost(tmp_path, capsys):
+    bank = written(tmp_path)
+    bank.delete(rows=[3, 4])
+    before = told(bank)
+    (tmp_path / bank.shards[1].folder / TEXTS).unlink()
+    done = bank.repair()
+    assert len(done.set_aside) == 1 and done.lost == ()
+    assert told(Bank.open(tmp_path)) == before
+    assert main(["memory", "verify", "--bank", str(tmp_path)]) == 0
+    assert f"{tmp_path}: whole, 1 shards, 3 references" in capsys.readouterr().out
+
+
+def test_of_a_shard_that_is_lost_the_living_are_counted(tmp_path, capsys):
+    bank = written(tmp_path)
+    bank.delete(rows=[3])
+    (tmp_path / bank.shards[1].folder / TEXTS).unlink()
+    bank.repair(set_aside=True)
+    assert main(["memory", "verify", "--bank", str(tmp_path)]) == 1
+    assert ": 1 references lost, " in capsys.readouterr().out
+
+
+def test_nothing_is_written_before_all_that_is_needed_is_there(tmp_path):
+    write_small_bank(tmp_path, shard_references=3)
+    bank = Bank.open(tmp_path / "bank", write=True)
+    flip(part_of(tmp_path / "bank", bank.shards[0], "kept"))
+    flip(part_of(tmp_path / "bank", bank.shards[1], "memories/c"))
+    before = files_of(tmp_path)
+    with pytest.raises(ConfigError, match="nothing was changed"):
+        bank.repair()
+    assert files_of(tmp_path) == before
+
+
+def test_a_damaged_embedder_costs_the_shards_whose_embeddings_are_damaged(tmp_path):
+    bank = Bank.create(tmp_path, spec=SPEC, embedder_state=b"what it was fitted to")
+    for seed in range(2):
+        bank.append(*contents(2, seed=seed))
+    (embedder,) = (tmp_path / "embedder").iterdir()
+    embedder.write_bytes(b"damaged")
+    flip(part_of(tmp_path, bank.shards[1], "embeddings"))
+    with pytest.raises(BankError, match="rows 2 to 3 of source 1 cannot be made again"):
+        bank.repair(model_embed=letters)
+    assert len(bank.repair(model_embed=letters, set_aside=True).set_aside) == 1
+    assert Bank.open(tmp_path, write=True).sources() == {"source 0": 2}
+
+
+def test_a_shard_without_its_texts_is_lost_whole(tmp_path):
+    bank = written(tmp_path)
+    (tmp_path / bank.shards[1].folder / TEXTS).unlink()
+    assert bank.repair(set_aside=True).set_aside and len(bank) == 3
+
+
+@pytest.mark.parametrize("kind", ["codec", "deleted"])
+def test_what_decides_over_the_whole_bank_stops_a_repair(tmp_path, kind):
+    bank = written(tmp_path)
+    bank.delete(rows=[0])
+    if kind == "codec":
+        write_small_bank(tmp_path / "raw")
+        quantize_bank(Bank.open(tmp_path / "raw/bank"), tmp_path / "codes", **CODES)
+        bank = Bank.open(tmp_path / "codes", write=True)
+    (file,) = (Path(bank.url) / kind).iterdir()
+    file.write_bytes(b"damaged")
+    before = files_of(tmp_path)
+    with pytest.raises(BankError, match=f"{kind}: .* cannot be made again; nothing was changed: r"):
+        Bank.open(bank.url, write=True).repair(set_aside=True)
+    assert len(files_of(tmp_path)) == len(before)
+
+
+@pytest.mark.parametrize("encoded", [(), (3, 5)])
+def test_of_a_cold_shard_with_a_damaged_text_the_other_memories_are_kept(tmp_path, encoded):
+    write_small_bank(tmp_path, shard_references=3, cold=True)
+    bank = Bank.open(tmp_path / "bank", write=True)
+    rows = np.array(encoded, np.int64)
+    if encoded:
+        bank.warm(rows, small_encoder()(np.ones((len(rows), 12), np.int32), np.full(len(rows), 12)))
+    before = told(bank)
+    ruin_texts(tmp_path / "bank", bank.shards[1], [1])
+    bank.repair(set_aside=True)
+    again = Bank.open(bank.url)
+    assert told(again) == before[:4] + before[5:] and again.verify().ok
+    assert again.cold_rows().tolist() == [row for row in range(8) if row not in (*encoded, 4)]

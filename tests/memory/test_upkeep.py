@@ -20,7 +20,7 @@ from tests.inference.small import (
     small_model,
     write_small_bank,
 )
-from tests.memory.stored import SPEC, bits, contents, files_of, flip, told, written
+from tests.memory.stored import SPEC, bits, contents, files_of, flip, part_of, told, written
 
 COUNTS = (3, 2, 4)
 
@@ -59,8 +59,30 @@ def test_verify_counts_what_lives(tmp_path):
     found = bank.verify()
     assert (found.references, found.cold) == (6, 1)  # 7 is cold, 8 is not
     (tmp_path / "deleted").rename(tmp_path / "elsewhere")
-    found = Bank.open(tmp_path).verify()
+    late = Bank.open(tmp_path)
+    found = late.verify()
     assert (found.references, found.cold, found.missing) == (9, 2, ("deleted",))
+    (tmp_path / "elsewhere").rename(tmp_path / "deleted")
+    flip(part_of(tmp_path, bank.shards[2], "kept"))
+    found = late.verify()
+    assert (found.references, found.cold) == (6, 1) and found.damaged == (bank.shards[2].name,)
+
+
+def test_who_opens_a_bank_while_rows_are_deleted_sees_it_before_or_after(tmp_path, monkeypatch):
+    bank, opened = written(tmp_path), []
+    bank.delete(rows=[1])
+    read = Bank._read_alive
+
+    def late(self, header):
+        if not opened:
+            opened.append(True)
+            other = Bank.open(tmp_path, write=True)
+            other.delete(rows=[2])
+            Bank.open(tmp_path, write=True)  # clears away the list of before
+        return read(self, header)
+
+    monkeypatch.setattr(Bank, "_read_alive", late)
+    assert np.flatnonzero(Bank.open(tmp_path).alive()).tolist() == [0, 3, 4]
 
 
 def test_a_source_is_deleted_whole(tmp_path):

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from jaxlab.errors import ConfigError, RewrittenError
 from jaxlab.inference.engine import Engine
 from jaxlab.memory.read import MemoryReader
 from jaxlab.memory.store import Bank
@@ -129,6 +130,55 @@ def test_what_was_deleted_before_it_was_read_is_searched_for_again(tmp_path):
         assert http.post("/memory/search", json=body).json() == found.json()
 
 
+def test_a_bank_that_was_repaired_meanwhile_is_no_bank_that_was_rewritten(tmp_path, first):
+    """Whoever ran into it may try again; the others do not hear of it."""
+    bank = small_bank(tmp_path)
+
+    def adding(documents):
+        if not asked:
+            asked.append(documents)
+            raise RewrittenError("a shard was made again")
+        return range(8, 9)
+
+    asked = []
+    reader = MemoryReader.open(bank, model_embed=letters, append=adding)
+    engine = Engine(small_model(), reader, rows=1, like=first)
+    engine.start()
+    with (
+        contextlib.closing(engine),
+        served(engine, api_key=KEY, reload_seconds=0.0) as (url, _),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+        headers, (path, body) = {"Authorization": f"Bearer {KEY}"}, ADD
+        response = http.post(path, json=body, headers=headers)
+        assert (response.status_code, said(response)["message"]) == (
+            503,
+            "the bank was changed meanwhile: try again",
+        )
+        assert http.get("/health").status_code == 200
+        assert http.post(path, json=body, headers=headers).status_code == 200
+
+
+def test_what_the_server_lacks_is_no_fault_of_the_request(tmp_path, first):
+    """Though the error would be the user's on a command line, and names a path."""
+
+    def lacking(*_, **__):
+        raise ConfigError("embedder /home/x: no such directory")
+
+    reader = MemoryReader.open(small_bank(tmp_path), model_embed=letters)
+    reader.search = lacking
+    engine = Engine(small_model(), reader, rows=1, like=first)
+    engine.start()
+    with (
+        contextlib.closing(engine),
+        served(engine) as (url, _),
+        httpx.Client(base_url=url, timeout=SECONDS) as http,
+    ):
+        body = {"model": "small", "prompt": "aaab", "max_tokens": 2}
+        response = http.post("/v1/completions", json=body)
+        assert response.status_code == 500 and "/home" not in response.text
+
+
 @pytest.fixture(scope="module")
 def first():
     """An engine whose programs others share."""
@@ -155,7 +205,7 @@ def test_who_first_runs_into_a_compacted_bank_is_told_and_all_others_from_then_o
     other.delete(rows=[0])
     other.compact()
     engine.start()
-    told = "the bank was compacted: start the server again"
+    told = "the bank was rewritten (compacted or repaired): start the server again"
     with (
         contextlib.closing(engine),
         served(engine, api_key=KEY, reload_seconds=0.0) as (url, _),

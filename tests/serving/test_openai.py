@@ -138,6 +138,24 @@ def test_a_stream_has_each_log_probability_with_the_text_of_its_token(
     assert sum(found, []) == tokens(answer.whole()["choices"][0])
 
 
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_token_without_text_keeps_its_log_probability_however_the_answer_ends(most):
+    tokenizer, answer, events = small_tokenizer(), Answer(COMPLETION, "m", 1), []
+    request = Request("", max_tokens=most, stop=("xy",), logprobs=0)
+    sequence = Sequence(request, [], events.append, tokenizer, chunk=4, reads=False)
+    (letter,) = tokenizer.encode("a")
+    for number in (letter, tokenizer.bos_id, tokenizer.eos_id):
+        logprob = TokenLogprob(number, tokenizer.bytes_of(number), -1.0)
+        if finish := sequence.accept(number, None if number == tokenizer.eos_id else logprob):
+            sequence.end(finish)
+            break
+    assert finish == ("length" if most == 2 else "stop")
+    for event in events:
+        answer.add(event)
+    (choice,) = answer.whole()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-1.0, -1.0]
+
+
 def test_a_conversation_becomes_one_text(client, engine):
     messages = [
         {"role": "system", "content": "Facts follow."},

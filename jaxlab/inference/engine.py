@@ -274,6 +274,7 @@ class Engine:
         if self.reader is not None:
             recent = self.reader.recent
             found |= {
+                "references": len(self.reader.bank),
                 "cache_hits": recent.hits,
                 "cache_misses": recent.misses,
                 "cache_bytes": recent.bytes,

@@ -9,7 +9,15 @@ import tensorstore as ts
 from jaxtyping import Int
 
 from jaxlab.errors import BankError, RewrittenError
-from jaxlab.memory.header import HEADER_FILE, BankSpec, Header, PlacedFile, Shard, StoredFile
+from jaxlab.memory.header import (
+    HEADER_FILE,
+    BankSpec,
+    Header,
+    PlacedFile,
+    Shard,
+    StoredFile,
+    cure_of,
+)
 from jaxlab.memory.objects import list_folders, read_object, reason
 from jaxlab.memory.shards import SOURCES, is_lone, lone_key
 from jaxlab.memory.verify import DAMAGED, MISSING, CheckedLone, Trouble, trouble_of
@@ -142,8 +150,8 @@ class ShardAccess:
         found = read_object(self._kvstore, placed.key, self.url)
         if found.state == "missing" or StoredFile.of(found.value) != placed.file:
             raise BankError(
-                f"bank {self.url}: {placed.key} is damaged or missing; restore it from a copy,"
-                " or write the bank again"
+                f"bank {self.url}: {placed.key} is damaged or missing;"
+                f" {cure_of(placed.key.split('/')[0])}"
             )
         return found.value
 

@@ -21,6 +21,14 @@ ALONE = ("embedder", "codec", "deleted", "index")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+def cure_of(owner: str) -> str:
+    """What to do about a damaged header, or an object that it lists by itself."""
+    if owner == "index":
+        return "make the index again with `jaxlab memory index`"
+    anew = "quantize again" if owner == "codec" else "write the bank anew"
+    return f"restore it from a copy, or {anew} at another place"
+
+
 @dataclass(frozen=True)
 class BankIdentity:
     """What must be the same when a bank is read as when it was written."""
@@ -303,7 +311,8 @@ class Header:
         if found not in ((FORMAT, 2), (FORMAT, VERSION)):
             raise BankError(
                 f"bank {url} has format {found[0]} version {found[1]}; this jaxlab reads {FORMAT}"
-                f" versions 2 and {VERSION}: use the jaxlab that wrote it, or write the bank again"
+                f" versions 2 and {VERSION}: use the jaxlab that wrote it, or write the bank anew"
+                " at another place"
             )
         if body.pop("checksum", None) != _sha256(_sorted(body)):
             raise _damaged(url, "its checksum does not match")
@@ -353,7 +362,4 @@ def _sha256(text: str) -> str:
 
 
 def _damaged(url: str, reason: str) -> BankError:
-    return BankError(
-        f"bank {url}: header.json is damaged ({reason}); restore it from a copy, or write the bank"
-        " again"
-    )
+    return BankError(f"bank {url}: {HEADER_FILE} is damaged ({reason}); {cure_of('header')}")

@@ -19,7 +19,7 @@ from jaxlab.memory.approximate import (
     recall,
 )
 from jaxlab.memory.embedders import ModelEmbed
-from jaxlab.memory.header import IndexRecord
+from jaxlab.memory.header import IndexRecord, cure_of
 from jaxlab.memory.retrieve import FlatIndex
 from jaxlab.memory.store import Bank
 
@@ -49,11 +49,16 @@ def build_index(
 ) -> IndexReport:
     """Make an approximate index of all rows and store it with the bank, open for writing.
 
-    ``name`` None takes :func:`index_name`'s choice. recall@5 is over the second halves of
+    ``name`` None takes :func:`index_name`'s choice, and where that needs no index the kind of the
+    one that the bank has: it is made again. recall@5 is over the second halves of
     ``queries`` references, drawn by ``seed``. Raises ConfigError for a name that does not suit the
     bank, and where exact search does (``Flat``), which needs no index.
     """
+    before = bank.index_record
+    chosen = name is None
     name = name or index_name(bank.rows, bank.spec.embedding_dim)
+    if chosen and name == FLAT and before is not None:
+        name, probes = before.name, probes or before.probes
     if name == FLAT:
         raise ConfigError(
             f"bank {bank.url}: its {bank.rows:,} references are few enough to be searched exactly "
@@ -92,10 +97,7 @@ def open_index(bank: Bank, *, grows: bool = False) -> FlatIndex | ApproximateInd
     if record is None:
         return FlatIndex.of(bank.embedding_blocks(), bank.spec.embedding_dim)
     if not bank.index_fits():
-        raise BankError(
-            f"bank {bank.url}: its index is of other references; make it again with"
-            " `jaxlab memory index`"
-        )
+        raise BankError(f"bank {bank.url}: its index is of other references; {cure_of('index')}")
     if bank.rows == record.rows:
         return _opened(bank, record, grows=grows)
     index = _opened(bank, record, grows=True)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt64
 
 from jaxlab.errors import BankError
 from jaxlab.memory.embedders import Embedder, ModelEmbed, open_embedder
-from jaxlab.memory.header import HEADER_FILE, IndexRecord, Shard, StoredFile
+from jaxlab.memory.header import HEADER_FILE, IndexRecord, Shard, StoredFile, cure_of
 from jaxlab.memory.objects import read_object
 from jaxlab.memory.quantize import Codec
 from jaxlab.memory.rows import BankRows
@@ -70,8 +70,7 @@ class BankReader(BankRows):
         path = os.path.join(path, placed.key)
         if not os.path.exists(path) or StoredFile.of_path(path) != placed.file:
             raise BankError(
-                f"bank {self.url}: {placed.key} is damaged or missing; make it again with"
-                " `jaxlab memory index`"
+                f"bank {self.url}: {placed.key} is damaged or missing; {cure_of('index')}"
             )
         return path, None
 

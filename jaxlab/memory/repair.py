@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import textwrap
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from jaxlab.errors import BankError, ConfigError
 from jaxlab.memory.embedders import Embedder, ModelEmbed
-from jaxlab.memory.header import LostShard, Shard
-from jaxlab.memory.shards import REFERENCES, StoredReference, read_line
+from jaxlab.memory.header import LostShard, Shard, StoredFile
+from jaxlab.memory.shards import REFERENCES, StoredReference, mend_line
 from jaxlab.memory.store import Bank
 from jaxlab.memory.verify import UNREADABLE, Finding, RepairReport, VerifyReport
 
@@ -80,12 +81,14 @@ def repair(
     found = bank.verify()
     _require_readable(bank, found.findings)
     _require_known(bank, found)
-    every = _damages(bank, found)
+    # What the embedder was fitted to may be damaged as well.
+    embeds = all(each.owner != "embedder" for each in found.findings)
+    every = _damages(bank, found, embeds=embeds)
     alive = bank.alive()
     alive = np.ones(bank.rows, bool) if alive is None else alive.copy()
     lost = [told for each in every if (told := _told(bank, each, alive))]
     if lost and not set_aside:
-        raise _not_given_up(bank, lost)
+        raise _not_given_up(bank, lost, embeds=embeds)
     embedder = _means(bank, every, encode, model_embed)
     aside, repaired, forgotten, shards = [], [], [], []
     for each in every:
@@ -141,15 +144,13 @@ def _require_known(bank: Bank, found: VerifyReport) -> None:
             )
 
 
-def _damages(bank: Bank, found: VerifyReport) -> list[_Damage]:
+def _damages(bank: Bank, found: VerifyReport, *, embeds: bool) -> list[_Damage]:
     """Every shard, in order, with what is bad of it."""
     bad_of = collections.defaultdict(set)
     for each in found.findings:
         if each.owner.startswith("shard "):
             _, name, path = each.key.split("/", 2)
             bad_of[name].add(path)
-    # What the embedder was fitted to may be damaged as well.
-    embeds = all(each.owner != "embedder" for each in found.findings)
     out = []
     for shard in bank.shards:
         damage = _Damage(shard, frozenset(bad_of[shard.name]), np.arange(0))
@@ -169,13 +170,17 @@ def _texts(bank: Bank, damage: _Damage) -> Texts:
     content = bank.found_object_of(shard, REFERENCES)
     if content is None or not damage.is_sound("lines"):
         return [None] * shard.count
-    texts = []
-    for start, length, crc in bank.array_of(shard, "lines").tolist():
-        try:
-            texts.append(read_line(content[start : start + length], crc))
-        except ValueError:
-            texts.append(None)
-    return texts
+    table = bank.array_of(shard, "lines").tolist()
+    lines = [content[start : start + length] for start, length, _ in table]
+    sums = [crc for _, _, crc in table]
+    mended = [mend_line(line, crc) for line, crc in zip(lines, sums, strict=True)]
+    # A checksum of 32 bits may fit another change by chance: the whole has to be what was written.
+    if StoredFile.of(b"".join(mended)) == shard.files[REFERENCES]:
+        lines = mended
+    return [
+        StoredReference.from_line(line) if zlib.crc32(line) == crc else None
+        for line, crc in zip(lines, sums, strict=True)
+    ]
 
 
 def _told(bank: Bank, damage: _Damage, alive: np.ndarray) -> str:
@@ -200,13 +205,14 @@ def _ranges(rows: Sequence[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in pairs)
 
 
-def _not_given_up(bank: Bank, lost: Sequence[str]) -> BankError:
+def _not_given_up(bank: Bank, lost: Sequence[str], *, embeds: bool) -> BankError:
     more = f" (and those of {len(lost) - 1} shards more)" if len(lost) > 1 else ""
+    want = "their texts" if embeds else "their texts, or of what the embedder was fitted to"
     first = textwrap.shorten(lost[0], 200, placeholder=" ...")
     return BankError(
-        f"bank {bank.url}: {first}{more} cannot be made again, for want of sound texts or the"
-        " embedder; nothing was changed: restore the files that `jaxlab memory verify` names from"
-        " a copy, or give these rows up with --set-aside (in Python set_aside=True)"
+        f"bank {bank.url}: {first}{more} cannot be made again, for want of {want}; nothing was"
+        " changed: restore the files that `jaxlab memory verify` names from a copy, or give these"
+        " rows up with --set-aside (in Python set_aside=True)"
     )
 
 

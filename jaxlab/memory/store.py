@@ -47,6 +47,7 @@ from jaxlab.memory.header import (
     IndexRecord,
     PlacedFile,
     Shard,
+    cure_of,
 )
 from jaxlab.memory.objects import (
     default_context,
@@ -116,6 +117,12 @@ class Bank(ShardWriter):
         found = read_object(kvstore, HEADER_FILE, url)
         if found.state != "missing":
             raise BankError(f"there is a bank at {url} already; open it, or choose another place")
+        if list_folders(kvstore, "shards/", url=url):
+            # Not to be cleared away: with its header the bank is whole again.
+            raise BankError(
+                f"at {url} lie the shards of a bank whose {HEADER_FILE} is missing:"
+                f" {cure_of('header')}"
+            )
         if bool(spec.codec) != bool(codec_state):
             raise BankError(f"bank {url}: a codec takes both its name and its state")
         header, generation = Header(spec=spec, writer=_new_name()), found.stamp.generation
@@ -144,7 +151,8 @@ class Bank(ShardWriter):
         found = read_object(kvstore, HEADER_FILE, url)
         if found.state == "missing":
             raise BankError(
-                f"no memory bank at {url}: header.json is missing; check the path, or write a bank"
+                f"no memory bank at {url}: {HEADER_FILE} is missing; check the path, or write"
+                " a bank"
             )
         header = Header.from_bytes(found.value, url=url)
         if identity is not None:
@@ -278,7 +286,8 @@ class Bank(ShardWriter):
 
     def _changed(self) -> BankError:
         return BankError(
-            f"bank {self.url} was changed by another writer; nothing was added: open it again"
+            f"bank {self.url} was changed by another writer; nothing was added: repeat"
+            " the command (in Python open the bank again)"
         )
 
     def _take_over(self, header: Header) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxlab.memory.header import Header, LostShard, StoredFile
+from jaxlab.memory.header import Header, LostShard, StoredFile, cure_of
 from jaxlab.memory.objects import reason
 
 MISSING, DAMAGED, UNREADABLE = "missing", "damaged", "unreadable"
@@ -43,10 +43,8 @@ class Finding:
         if self.trouble.kind == UNREADABLE:
             return "mend the access, then repeat"
         if self.owner.startswith("shard "):
-            return "`jaxlab memory repair` makes damaged shards again"
-        if self.owner == "index":
-            return "make the index again with `jaxlab memory index`"
-        return f"restore the object {self.owner} from a copy, or write the bank again"
+            return "`jaxlab memory repair` makes again what follows from what is sound"
+        return cure_of(self.owner)
 
     def __str__(self) -> str:
         return f"{self.owner}: {self.key} is {self.trouble}"

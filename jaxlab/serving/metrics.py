@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # What is so much at a time; the rest only grows.
-_GAUGES = {"waiting", "running", "cache_bytes"}
+_GAUGES = {"waiting", "running", "references", "cache_bytes"}
 # What each figure of the engine (:meth:`jaxlab.inference.engine.Engine.stats`) says.
 HELP = {
     "waiting": "Requests that wait for a row",
@@ -18,6 +18,7 @@ HELP = {
     "generated_tokens": "Tokens of answers, those after a stop string among them",
     "refreshes": "Searches for chunks that were completed while an answer was written",
     "steps": "Steps of decoding, each of one token for every row that is ready",
+    "references": "References of the bank that are not deleted",
     "cache_hits": "Memories that were read from RAM",
     "cache_misses": "Memories that were read from the bank",
     "cache_bytes": "Bytes of memories that are kept in RAM",

@@ -228,11 +228,11 @@ def test_an_index_that_is_damaged_or_of_another_bank_is_not_used(tmp_path):
     (path,) = (tmp_path / "bank" / "index").iterdir()
     content = path.read_bytes()
     path.write_bytes(content[:-5])
-    with pytest.raises(BankError, match="damaged or missing; make it again with `jaxlab memory i"):
+    with pytest.raises(BankError, match="damaged or missing; make the index again with `jaxlab m"):
         open_index(Bank.open(tmp_path / "bank"))
     middle = len(content) // 2
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    with pytest.raises(BankError, match="damaged or missing; make it again with `jaxlab memory i"):
+    with pytest.raises(BankError, match="damaged or missing; make the index again with `jaxlab m"):
         open_index(Bank.open(tmp_path / "bank"))
     problems = Bank.open(tmp_path / "bank").verify().problems
     assert len(problems) == 1 and problems[0].startswith("index: index/")
@@ -241,6 +241,16 @@ def test_an_index_that_is_damaged_or_of_another_bank_is_not_used(tmp_path):
     bank.keep_index(content, record)
     with pytest.raises(BankError, match="its index is of other references"):
         open_index(bank)
+
+
+def test_a_damaged_index_is_made_again_of_its_kind_though_the_bank_needs_none(tmp_path):
+    bank = bank_of(tmp_path)
+    build_index(bank, "IVF16,SQ8", probes=3)
+    (path,) = (tmp_path / "bank" / "index").iterdir()
+    path.write_bytes(b"damaged")
+    again = build_index(Bank.open(tmp_path / "bank", write=True))
+    assert (again.name, again.probes) == ("IVF16,SQ8", 3)
+    assert isinstance(open_index(Bank.open(tmp_path / "bank")), ApproximateIndex)
 
 
 def test_what_is_stored_as_an_index_and_is_none_is_an_error(tmp_path):

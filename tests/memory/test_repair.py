@@ -19,11 +19,11 @@ CODES = {"codec": "OPQ2_8,Residual2x3,PQ2x3", "rounds": (1, 1), "report": lambda
 
 
 def ruin_texts(folder, shard, rows=None) -> None:
-    """Change a bit of each of these texts, or of all."""
+    """Change two bits of each of these texts, or of all: more than can be mended."""
     path = part_of(folder, shard, TEXTS)
     lines = path.read_bytes().splitlines(keepends=True)
     for row in range(len(lines)) if rows is None else rows:
-        lines[row] = bytes([lines[row][0] ^ 4]) + lines[row][1:]
+        lines[row] = bytes([lines[row][0] ^ 4, lines[row][1] ^ 4]) + lines[row][2:]
     path.write_bytes(b"".join(lines))
 
 
@@ -158,6 +158,25 @@ def test_of_a_shard_with_a_damaged_text_the_other_references_are_kept(tmp_path, 
     assert each.repair().repaired == ()
 
 
+@pytest.mark.parametrize("bit", [0, 5])
+def test_a_flipped_bit_in_a_text_or_two_costs_nothing(tmp_path, bit):
+    """The checksum of the line says which bit it was, and that of the file that it was."""
+    bank = written(tmp_path, counts=COUNTS)
+    before, path = told(bank), part_of(tmp_path, bank.shards[2], TEXTS)
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for row, place in ((1, 7), (3, len(lines[3]) - 1)):
+        lines[row] = (
+            lines[row][:place] + bytes([lines[row][place] ^ 1 << bit]) + lines[row][place + 1 :]
+        )
+    path.write_bytes(b"".join(lines))
+    done = bank.repair()
+    assert (len(done.repaired), done.lost) == (1, ())
+    again = Bank.open(tmp_path)
+    assert told(again) == before and again.verify().ok
+    assert part_of(tmp_path, again.shards[2], TEXTS).read_bytes() == content
+
+
 def test_a_text_torn_at_its_end_costs_what_lay_behind_it(tmp_path):
     bank = written(tmp_path, counts=COUNTS)
     whole, path = told(bank), part_of(tmp_path, bank.shards[2], TEXTS)
@@ -193,7 +212,7 @@ def test_what_is_left_is_told_with_its_cure(tmp_path):
     embedder.write_bytes(b"damaged")
     (problem,) = bank.repair().problems
     assert problem.startswith("embedder: embedder/") and problem.endswith(
-        ": restore the object embedder from a copy, or write the bank again"
+        ": restore it from a copy, or write the bank anew at another place"
     )
 
 

@@ -311,3 +311,15 @@ def test_a_bank_of_version_2_is_read_and_written_on(tmp_path):
     Bank.open(tmp_path, write=True).compact()
     assert told_all(Bank.open(tmp_path)) == before[1:] and Bank.open(tmp_path).verify().ok
     assert not files_of(tmp_path / "deleted")
+
+
+def test_no_bank_is_begun_where_the_shards_of_another_lie_without_their_header(tmp_path):
+    bank = written(tmp_path)
+    before = told_all(bank)
+    (tmp_path / "header.json").rename(tmp_path.parent / "away.json")
+    files = files_of(tmp_path)
+    with pytest.raises(BankError, match="shards of a bank whose header.json is missing: restore"):
+        Bank.create(tmp_path, spec=SPEC)
+    assert files_of(tmp_path) == files
+    (tmp_path.parent / "away.json").rename(tmp_path / "header.json")
+    assert told_all(Bank.open(tmp_path)) == before

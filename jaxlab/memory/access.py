@@ -67,15 +67,13 @@ class ShardAccess:
         """The rows, counted within a cold shard, whose memories are there."""
         folder = f"{shard.folder}{self.spec.stored_name}/c/"
         found = list_folders(self._kvstore, folder, url=self.url)
-        return np.array(sorted(map(int, found)), np.int64)
+        # Of anything else that lies there nothing is known.
+        return np.array(sorted(int(name) for name in found if name.isdecimal()), np.int64)
 
-    def check_lone(self, shard: Shard, *, read: bool = True) -> CheckedLone:
-        """The rows of a cold shard that are encoded; row, key and trouble of each bad memory.
-
-        Without ``read`` none is looked into.
-        """
+    def check_lone(self, shard: Shard) -> CheckedLone:
+        """The rows of a cold shard that are encoded; row, key and trouble of each bad memory."""
         rows, bad = self.encoded(shard), []
-        for start in range(0, len(rows) if read else 0, _LONE_AT_ONCE):
+        for start in range(0, len(rows), _LONE_AT_ONCE):
             some = rows[start : start + _LONE_AT_ONCE].tolist()
             pending = [(row, self._start(shard, self.spec.stored_name, row)) for row in some]
             for row, future in pending:

@@ -223,14 +223,15 @@ def _compact(arguments: argparse.Namespace) -> None:
     index = bank.index_record
     written = bank.compact()
     if bank.index_record != index:
-        _tell_index_gone(arguments.bank)
+        _tell_index_gone(arguments.bank, index)
     result = {"shards_written": written, "shards": len(bank.shards), "references": len(bank)}
     print(json.dumps({"bank": arguments.bank, **result}))
 
 
-def _tell_index_gone(bank: str) -> None:
-    told = "its index was of other rows and is gone; make it again with `jaxlab memory index`"
-    print(f"bank {bank}: {told}", file=sys.stderr)
+def _tell_index_gone(bank: str, index: Any) -> None:
+    again = f"`jaxlab memory index --kind {index.name} --probes {index.probes}`"
+    told = f"its index was of other rows and is gone; make it again with {again}"
+    print(f"bank {bank}: {told}, or of a kind that suits the rows left", file=sys.stderr)
 
 
 def _repair(arguments: argparse.Namespace) -> int:
@@ -245,11 +246,12 @@ def _repair(arguments: argparse.Namespace) -> int:
         identity = model.identity
         given = {"encode": reference_encoder(model), "model_embed": model.embed_texts}
     bank = Bank.open(arguments.bank, identity=identity, write=True)
+    index = bank.index_record
     done = bank.repair(set_aside=arguments.set_aside, **given)
     for line in (*(f"lost: {each}" for each in done.lost), *done.problems):
         print(f"error: {line}", file=sys.stderr)
     if done.index_gone:
-        _tell_index_gone(arguments.bank)
+        _tell_index_gone(arguments.bank, index)
     print(json.dumps({"bank": arguments.bank, **dataclasses.asdict(done)}))
     return 1 if done.lost or done.problems else 0
 

@@ -47,7 +47,7 @@ class BankIdentity:
         if differences:
             raise BankError(
                 f"bank {url} belongs to another model: {'; '.join(differences)}; load the model"
-                " that wrote it, or write the bank again with this one"
+                " that wrote it, or write the bank with this one at another place"
             )
 
 

@@ -272,8 +272,11 @@ class BankReader(BankRows):
         """
         # Anew: it may be damaged, or readable, by now. That it cannot be read is found below.
         alive = self._read_alive(self._header)
+        if isinstance(self._alive, BankError):
+            self._know(alive, self.rows)
         alive = None if isinstance(alive, BankError) else alive
-        found = verify_objects(self._kvstore, self._header, alive, self.check_lone)
+        given = alive, self.encoded, self.check_lone
+        found = verify_objects(self._kvstore, self._header, *given)
         now = None if found.ok else self._header_now()
         if now is not None:
             listed = {key for _, key, _ in now.objects()}

@@ -173,14 +173,24 @@ def _texts(bank: Bank, damage: _Damage) -> Texts:
     table = bank.array_of(shard, "lines").tolist()
     lines = [content[start : start + length] for start, length, _ in table]
     sums = [crc for _, _, crc in table]
-    mended = [mend_line(line, crc) for line, crc in zip(lines, sums, strict=True)]
-    # A checksum of 32 bits may fit another change by chance: the whole has to be what was written.
-    if StoredFile.of(b"".join(mended)) == shard.files[REFERENCES]:
-        lines = mended
+    lines = _mended(lines, sums, shard.files[REFERENCES]) or lines
     return [
         StoredReference.from_line(line) if zlib.crc32(line) == crc else None
         for line, crc in zip(lines, sums, strict=True)
     ]
+
+
+def _mended(lines: Sequence[bytes], sums: Sequence[int], written: StoredFile) -> list[bytes] | None:
+    """The lines as they were written, if no more than a bit of each was changed."""
+    if sum(map(len, lines)) != written.bytes:
+        return None
+    out = []
+    for line, crc in zip(lines, sums, strict=True):
+        out.append(mend_line(line, crc))
+        if zlib.crc32(out[-1]) != crc:  # then the whole is not what was written, whatever follows
+            return None
+    # A checksum of 32 bits may fit another change by chance.
+    return out if StoredFile.of(b"".join(out)) == written else None
 
 
 def _told(bank: Bank, damage: _Damage, alive: np.ndarray) -> str:

@@ -36,8 +36,8 @@ class BankRows(ShardAccess):
 
     def __len__(self) -> int:
         """Living references."""
-        alive = self.alive()
-        return self.rows if alive is None else int(alive.sum())
+        self.alive()  # raises where it is not known
+        return self._living
 
     def alive(self) -> Bool[np.ndarray, " rows"] | None:
         """False at deleted rows; None when every row lives. Raises BankError when not known."""
@@ -57,11 +57,16 @@ class BankRows(ShardAccess):
     def _use(self, header: Header) -> None:
         if getattr(self, "_header", None) is None or _living(self._header) != _living(header):
             # At once, not when asked for: a later writer clears away what was valid when opened.
-            self._alive = self._read_alive(header)
+            self._know(self._read_alive(header), header.rows)
         self._header = header
         self._starts = np.array([shard.start for shard in header.shards], np.int64)
         # The last is for rows before the first shard, whose owner is -1.
         self._stops = np.array([*(each.start + each.count for each in header.shards), 0], np.int64)
+
+    def _know(self, alive: np.ndarray | BankError | None, rows: int) -> None:
+        self._alive = alive
+        # Once: a server is asked for it with every request, and the rows may be 1e8.
+        self._living = int(alive.sum()) if isinstance(alive, np.ndarray) else rows
 
     def _read_alive(self, header: Header) -> np.ndarray | BankError | None:
         if header.deleted_file is None and not header.lost:

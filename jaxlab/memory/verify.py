@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxlab.memory.header import Header, LostShard, StoredFile, cure_of
+from jaxlab.errors import BankError
+from jaxlab.memory.header import Header, LostShard, Shard, StoredFile, cure_of
 from jaxlab.memory.objects import reason
 
 MISSING, DAMAGED, UNREADABLE = "missing", "damaged", "unreadable"
@@ -120,12 +121,13 @@ def verify_objects(
     kvstore: Any,
     header: Header,
     alive: Bool[np.ndarray, " rows"] | None,
-    check_lone: Callable[..., CheckedLone],
+    encoded: Callable[[Shard], Int[np.ndarray, " n"]],
+    check_lone: Callable[[Shard], CheckedLone],
 ) -> VerifyReport:
     """Compare every object that ``header`` lists with its size and SHA-256.
 
-    ``alive`` is False at deleted rows. ``check_lone`` reads the memories of a cold shard, which the
-    header does not list.
+    ``alive`` is False at deleted rows. ``encoded`` lists the memories of a cold shard, which the
+    header does not, and ``check_lone`` reads them.
     """
     alive = np.ones(header.rows, bool) if alive is None else alive
     tasks = header.objects()
@@ -145,9 +147,17 @@ def verify_objects(
         rows = alive[shard.start : shard.start + shard.count]
         living += int(rows.sum())
         if shard.cold:
-            # What lies in a damaged shard is counted and not read: it is bad anyhow.
-            encoded, wrong = check_lone(shard, read=f"shard {shard.name}" not in bad)
-            cold += int(rows.sum() - rows[encoded].sum())
+            wrong = []
+            if f"shard {shard.name}" not in bad:
+                there, wrong = check_lone(shard)
+            else:
+                # It is bad anyhow: what lies in it is counted as far as it can be, and not read.
+                try:
+                    there = encoded(shard)
+                except BankError:
+                    there = np.arange(0)
+            there = there[there < shard.count]
+            cold += int(rows.sum() - rows[there].sum())
             found += [Finding(f"shard {shard.name}", key, trouble) for _, key, trouble in wrong]
     return VerifyReport(
         shards=len(header.shards),

@@ -132,7 +132,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         421: "The server has another name.",
         429: "Too many requests are waiting.",
         500: "The server failed.",
-        503: "The server is going down, or its bank was compacted.",
+        503: "The server is going down, or its bank was changed or rewritten.",
         504: "The answer took too long.",
     }.items()
 }

@@ -169,3 +169,19 @@ def test_a_quantized_bank_may_be_cold_and_a_cold_bank_is_not_quantized(tmp_path)
     assert bits(np.asarray(slots[0].keys)) == bits(np.asarray(slots[1].keys))
     assert bits(bank.read([3]).memories) == bits(codes.read([3]).memories)
     assert spec.memory_shape != SHAPE
+
+
+@pytest.mark.parametrize("trouble", ["link to itself", "stray file"])
+def test_a_damaged_cold_shard_is_told_though_its_memories_cannot_be_listed(tmp_path, trouble):
+    bank = cold_bank(tmp_path)
+    folder = tmp_path / "bank" / bank.shards[0].folder
+    (folder / "sources.json").write_bytes(b"[]")
+    memories = folder / "memories/c"
+    if trouble == "stray file":
+        memories.mkdir(parents=True)
+        (memories / "notes.txt").write_text("mine")
+    else:
+        memories.symlink_to(memories)
+    found = Bank.open(bank.url).verify()
+    assert found.damaged == (bank.shards[0].name,) and len(found.findings) == 1
+    assert found.cold == 8

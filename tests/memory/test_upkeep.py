@@ -66,6 +66,7 @@ def test_verify_counts_what_lives(tmp_path):
     flip(part_of(tmp_path, bank.shards[2], "kept"))
     found = late.verify()
     assert (found.references, found.cold) == (6, 1) and found.damaged == (bank.shards[2].name,)
+    assert len(late) == 6  # known from now on
 
 
 def test_who_opens_a_bank_while_rows_are_deleted_sees_it_before_or_after(tmp_path, monkeypatch):

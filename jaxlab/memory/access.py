@@ -67,8 +67,9 @@ class ShardAccess:
         """The rows, counted within a cold shard, whose memories are there."""
         folder = f"{shard.folder}{self.spec.stored_name}/c/"
         found = list_folders(self._kvstore, folder, url=self.url)
-        # Of anything else that lies there nothing is known.
-        return np.array(sorted(int(name) for name in found if name.isdecimal()), np.int64)
+        # Nothing is known of anything else that lies there.
+        rows = (int(name) for name in found if name.isdecimal())
+        return np.array(sorted(row for row in rows if row < shard.count), np.int64)
 
     def check_lone(self, shard: Shard) -> CheckedLone:
         """The rows of a cold shard that are encoded; row, key and trouble of each bad memory."""

@@ -54,11 +54,10 @@ def build_index(
     ``queries`` references, drawn by ``seed``. Raises ConfigError for a name that does not suit the
     bank, and where exact search does (``Flat``), which needs no index.
     """
-    before = bank.index_record
-    chosen = name is None
-    name = name or index_name(bank.rows, bank.spec.embedding_dim)
-    if chosen and name == FLAT and before is not None:
-        name, probes = before.name, probes or before.probes
+    if name is None:
+        name, before = index_name(bank.rows, bank.spec.embedding_dim), bank.index_record
+        if name == FLAT and before is not None:
+            name, probes = before.name, probes or before.probes
     if name == FLAT:
         raise ConfigError(
             f"bank {bank.url}: its {bank.rows:,} references are few enough to be searched exactly "

@@ -17,11 +17,9 @@ from jaxlab.memory.store import Bank
 from jaxlab.memory.verify import UNREADABLE, Finding, RepairReport, VerifyReport
 
 Encode = Callable[[Sequence[StoredReference]], np.ndarray]
+Texts = Sequence[StoredReference | None]
 # In the place of a reference that is lost, whose row is deleted.
 _LOST = StoredReference("", "", 0)
-
-
-Texts = Sequence[StoredReference | None]
 
 
 @dataclasses.dataclass(frozen=True)

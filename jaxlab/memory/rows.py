@@ -37,7 +37,7 @@ class BankRows(ShardAccess):
     def __len__(self) -> int:
         """Living references."""
         self.alive()  # raises where it is not known
-        return self._living
+        return self._count
 
     def alive(self) -> Bool[np.ndarray, " rows"] | None:
         """False at deleted rows; None when every row lives. Raises BankError when not known."""
@@ -66,7 +66,7 @@ class BankRows(ShardAccess):
     def _know(self, alive: np.ndarray | BankError | None, rows: int) -> None:
         self._alive = alive
         # Once: a server is asked for it with every request, and the rows may be 1e8.
-        self._living = int(alive.sum()) if isinstance(alive, np.ndarray) else rows
+        self._count = int(alive.sum()) if isinstance(alive, np.ndarray) else rows
 
     def _read_alive(self, header: Header) -> np.ndarray | BankError | None:
         if header.deleted_file is None and not header.lost:

@@ -105,10 +105,12 @@ def read_line(line: bytes, crc: int) -> StoredReference:
 def mend_line(line: bytes, crc: int) -> bytes:
     """The line with the one bit changed that gives it this checksum; as it is where none does."""
     size = len(line)
+    if zlib.crc32(line) == crc:
+        return line
     # CRC-32 is linear: a changed bit changes the sum in a way of its own, whatever the rest is.
     wanted, zeros = zlib.crc32(line) ^ crc, zlib.crc32(bytes(size))
     for place in range(size):
-        for bit in range(8) if wanted else ():
+        for bit in range(8):
             changed = bytes(place) + bytes([1 << bit]) + bytes(size - place - 1)
             if zlib.crc32(changed) ^ zeros == wanted:
                 return line[:place] + bytes([line[place] ^ 1 << bit]) + line[place + 1 :]

@@ -57,7 +57,7 @@ def test_a_shard_is_given_up_only_where_no_run_can_help_and_verify_tells_of_it(
     flip_bit(path)
     shard, before = path.relative_to(bank).parts[1], files_of(bank)
     line = fails("memory", "repair", "--bank", bank)
-    assert line.startswith(f"bank {bank}: shard {shard} has damaged memories, ")
+    assert line.startswith(f"bank {bank}: shard {shard} has damaged memories, which the model")
     assert "give --run RUN" in line
     changed = {
         name for name in before | files_of(bank) if before.get(name) != files_of(bank).get(name)
